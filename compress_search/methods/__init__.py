@@ -1,0 +1,1 @@
+"""Compression methods, one technique a file, listed here."""

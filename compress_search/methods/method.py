@@ -1,0 +1,114 @@
+"""What a compression method must do: the contract that every file of this folder fulfils.
+
+A method looks at a model once (:meth:`Method.analyse`) and says which *units* it can size: layers whose
+rank it chooses, or groups of coupled channels. A selector chooses the sizes; :meth:`Analysis.apply`
+builds the compressed model. Two laws hold for every method:
+
+* the MACs that :meth:`Analysis.predict_macs` says are exactly the MACs counted on the built model;
+* every unit at its full size reproduces the dense model's output to float precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from compress_search.plan import PlanStep
+from compress_search.profile import ModelProfile
+
+Sizes = Mapping[str, int]
+"""Size (rank, channels) of each unit by its name. A unit that is not named stays as it is."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a method sizes as one.
+
+    Attributes:
+        name: The layer's name, or the name of the first layer that makes the coupled channels.
+        full_size: The size (rank, channels) at which nothing is lost.
+        layers: Names of the layers whose MACs depend on the size.
+    """
+
+    name: str
+    full_size: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What applying a method gives.
+
+    Attributes:
+        model: A new model in evaluation mode.
+        step: What was done, for the plan.
+    """
+
+    model: nn.Module
+    step: PlanStep
+
+
+class Analysis(Protocol):
+    """A method's view of one model."""
+
+    @property
+    def profile(self) -> ModelProfile:
+        """The cost of the model before compression."""
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What can be sized, in forward order."""
+
+    @property
+    def left_alone(self) -> Mapping[str, str]:
+        """The counted layers that cannot be compressed, each with its reason."""
+
+    def size_at(self, unit: Unit, share: float) -> int | None:
+        """The size at which a unit keeps ``share`` of what it costs, in the method's natural measure.
+
+        Args:
+            unit: One of :attr:`units`.
+            share: In (0, 1].
+
+        Returns:
+            The largest size that keeps at most that share, at least 1; ``None`` where the unit is
+            cheaper untouched.
+        """
+
+    def predict_macs(self, sizes: Sizes) -> int:
+        """MACs of the model that :meth:`apply` would build, without building it."""
+
+    def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
+        """Build the compressed model. The analysed model is not changed.
+
+        Args:
+            sizes: Sizes by unit name.
+            batches: Calibration inputs, each ``(batch, ...)``; empty for the data-free mode.
+
+        Raises:
+            ModelError: A size does not fit its unit, or weights or activations are not finite.
+        """
+
+
+class Method(Protocol):
+    """One compression technique."""
+
+    @property
+    def name(self) -> str:
+        """Its name in recipes, plans and the table of methods."""
+
+    @property
+    def ratio_name(self) -> str:
+        """What its ratio is called as a search variable, for example ``"c_ssvd"``."""
+
+    def analyse(self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()) -> Analysis:
+        """Find what can be compressed.
+
+        Args:
+            model: The model. It is not changed.
+            example_input: ``(batch, ...)``.
+            ignore: Names of layers to leave alone.
+        """

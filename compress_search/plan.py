@@ -1,0 +1,254 @@
+"""CompressionPlan: the outcome of compression, per layer, as versioned JSON.
+
+A plan says what became of each layer: the integer rank of a factorised one, the indices of the kept
+channels of a pruned one. It holds no weights. Replayed on the original architecture by
+:func:`apply_plan` it rebuilds the compressed architecture, into which the saved weights load.
+
+An edit describes modules rather than methods, so a new method needs no change here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress_search.exceptions import PlanError
+from compress_search.surgery import keep_channels
+from compress_search.workspace import write_json_atomically
+
+FORMAT = "compress_search.plan"
+VERSION = 1
+_PART_TYPES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Linear")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a factorised layer.
+
+    Attributes:
+        name: Its name inside the sequence, for example ``"vertical"``.
+        type: Its class in :mod:`torch.nn`.
+        arguments: What its constructor takes.
+    """
+
+    name: str
+    type: str
+    arguments: Mapping[str, Any]
+
+    def build(self, like: nn.Parameter) -> nn.Module:
+        """Construct the module on the device and in the precision of ``like``."""
+        if self.type not in _PART_TYPES:
+            raise PlanError(f"A plan cannot build a {self.type!r}; it can build: {', '.join(_PART_TYPES)}.")
+        module: nn.Module = getattr(nn, self.type)(**self.arguments, device=like.device, dtype=like.dtype)
+        return module
+
+
+@dataclass(frozen=True)
+class FactoriseLayer:
+    """Replace a layer by a sequence of smaller ones.
+
+    Attributes:
+        layer: Name of the layer in the model.
+        rank: Number of channels between the parts.
+        parts: The modules of the sequence, first to last.
+    """
+
+    layer: str
+    rank: int
+    parts: tuple[Part, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the change in ``model``, in place. The new weights are PyTorch's initial ones."""
+        old = _submodule(model, self.layer)
+        weight = old.weight
+        assert isinstance(weight, nn.Parameter)
+        new = nn.Sequential(OrderedDict((part.name, part.build(weight)) for part in self.parts))
+        new.train(old.training)
+        parent, _, child = self.layer.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
+@dataclass(frozen=True)
+class KeepChannels:
+    """Keep only some input and output channels of a module.
+
+    Attributes:
+        layer: Name of the module in the model.
+        inputs: Indices of the kept input channels, ``None`` for all.
+        outputs: Indices of the kept output channels, ``None`` for all.
+    """
+
+    layer: str
+    inputs: tuple[int, ...] | None = None
+    outputs: tuple[int, ...] | None = None
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the change in ``model``, in place. The kept weights keep their values."""
+        try:
+            keep_channels(_submodule(model, self.layer), inputs=self.inputs, outputs=self.outputs)
+        except IndexError as error:
+            raise PlanError(
+                f"The plan keeps channels that {self.layer!r} does not have ({error}). "
+                "Apply the plan to the architecture it was made for."
+            ) from error
+
+
+Edit = FactoriseLayer | KeepChannels
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """What one compression method did.
+
+    Attributes:
+        method: Name of the method.
+        mac_ratio: MACs after / MACs before this step.
+        edits: The changes, in the order in which they are applied.
+        left_alone: Layers the method did not touch, each with its reason.
+    """
+
+    method: str
+    mac_ratio: float
+    edits: tuple[Edit, ...]
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """The steps that lead from the original architecture to the compressed one."""
+
+    steps: tuple[PlanStep, ...] = ()
+
+    def then(self, step: PlanStep) -> CompressionPlan:
+        """Return this plan with one more step at its end."""
+        return CompressionPlan((*self.steps, step))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-able values."""
+        return {"format": FORMAT, "version": VERSION, "steps": [_step_to_dict(s) for s in self.steps]}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> CompressionPlan:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            PlanError: The value is not a plan, or one of another version.
+        """
+        if value.get("format") != FORMAT:
+            raise PlanError(f"Not a compression plan: its format is {value.get('format')!r}, not {FORMAT!r}.")
+        if value.get("version") != VERSION:
+            raise PlanError(
+                f"The plan has version {value.get('version')!r}; this compress_search reads version {VERSION}. "
+                "Use the version of compress_search that wrote it."
+            )
+        try:
+            return cls(tuple(_step_from_dict(step) for step in value["steps"]))
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"The plan is damaged: {type(error).__name__}: {error}.") from error
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as a JSON file, whole or not at all."""
+        write_json_atomically(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> CompressionPlan:
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: The file is not a plan.
+        """
+        try:
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"Cannot read a plan from {str(path)!r}: {error}.") from error
+        return cls.from_dict(value)
+
+
+def apply_plan(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """Rebuild the compressed architecture from the original one.
+
+    Args:
+        model: The original architecture. It is not changed.
+        plan: The plan.
+
+    Returns:
+        A new model. Pruned layers hold the kept part of ``model``'s weights; factorised layers hold
+        PyTorch's initial weights until the saved ones are loaded.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+    """
+    compressed = copy.deepcopy(model)
+    for step in plan.steps:
+        for edit in step.edits:
+            edit.apply(compressed)
+    return compressed
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise PlanError(
+            f"The plan changes {name!r}, which {type(model).__name__} does not have. "
+            "Apply the plan to the architecture it was made for."
+        ) from error
+
+
+def _step_to_dict(step: PlanStep) -> dict[str, Any]:
+    return {
+        "method": step.method,
+        "mac_ratio": step.mac_ratio,
+        "edits": [_edit_to_dict(edit) for edit in step.edits],
+        "left_alone": dict(step.left_alone),
+    }
+
+
+def _edit_to_dict(edit: Edit) -> dict[str, Any]:
+    if isinstance(edit, FactoriseLayer):
+        parts = [{"name": p.name, "type": p.type, "arguments": dict(p.arguments)} for p in edit.parts]
+        return {"edit": "factorise", "layer": edit.layer, "rank": edit.rank, "parts": parts}
+    return {
+        "edit": "keep_channels",
+        "layer": edit.layer,
+        "inputs": None if edit.inputs is None else list(edit.inputs),
+        "outputs": None if edit.outputs is None else list(edit.outputs),
+    }
+
+
+def _step_from_dict(value: Mapping[str, Any]) -> PlanStep:
+    return PlanStep(
+        method=value["method"],
+        mac_ratio=value["mac_ratio"],
+        edits=tuple(_edit_from_dict(edit) for edit in value["edits"]),
+        left_alone=dict(value["left_alone"]),
+    )
+
+
+def _edit_from_dict(value: Mapping[str, Any]) -> Edit:
+    if value["edit"] == "factorise":
+        # JSON has no tuples: what was a tuple comes back as a list.
+        parts = tuple(
+            Part(
+                part["name"],
+                part["type"],
+                {k: tuple(v) if isinstance(v, list) else v for k, v in part["arguments"].items()},
+            )
+            for part in value["parts"]
+        )
+        return FactoriseLayer(value["layer"], value["rank"], parts)
+    if value["edit"] == "keep_channels":
+        inputs, outputs = value["inputs"], value["outputs"]
+        return KeepChannels(
+            value["layer"],
+            inputs=None if inputs is None else tuple(inputs),
+            outputs=None if outputs is None else tuple(outputs),
+        )
+    raise PlanError(f"The plan has an unknown edit {value['edit']!r}.")

@@ -1,0 +1,209 @@
+"""What a model costs: per-layer shapes, multiply-accumulates (MACs) and parameters.
+
+This is the one definition of a MAC and of a MAC ratio in the package. Convolutions, transposed
+convolutions and linear layers are counted, per example (batch of one). What is not counted is found by
+watching the operations that PyTorch's own flop counter knows, and is named in a warning.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from compress_search.exceptions import ModelError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+COUNTED_LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One counted layer.
+
+    Attributes:
+        name: Its name in ``model.named_modules()``.
+        kind: Its class name, for example ``"Conv2d"``.
+        weight_shape: The shape of its weight.
+        calls: Input and output shape of every call in one forward pass, batch of one included.
+        macs: MACs of all its calls for one example.
+        params: Number of its parameters, bias included.
+    """
+
+    name: str
+    kind: str
+    weight_shape: Shape
+    calls: tuple[tuple[Shape, Shape], ...]
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """The cost of a model for one example.
+
+    Attributes:
+        layers: The counted layers in the order of their first call.
+        macs: MACs of all counted layers.
+        params: Number of parameters of the whole model, each shared tensor once.
+        uncounted: Operations that multiply but are not counted, as ``module (operation)``.
+    """
+
+    layers: tuple[LayerProfile, ...]
+    macs: int
+    params: int
+    uncounted: tuple[str, ...] = field(default=())
+
+    def layer(self, name: str) -> LayerProfile:
+        """Return the profile of one layer.
+
+        Raises:
+            KeyError: No counted layer of that name ran.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def mac_ratio(self, reference: ModelProfile) -> float:
+        """MACs of this model / MACs of ``reference``: the meaning of every ``mac_ratio``."""
+        return self.macs / reference.macs
+
+
+def layer_macs(layer: nn.Module, input_shape: Shape, output_shape: Shape) -> int:
+    """MACs of one call of a convolution, transposed convolution or linear layer.
+
+    Every kernel tap is counted at every position, those that fall on padding included; the bias is not
+    counted. This is the convention of :mod:`torch.utils.flop_counter` (which counts 2 per MAC).
+
+    Args:
+        layer: One of :data:`COUNTED_LAYERS`.
+        input_shape: ``(batch, channels, *spatial)``, or ``(*, features)`` for a linear layer.
+        output_shape: Likewise.
+    """
+    weights = layer.weight.numel()  # type: ignore[union-attr, operator]
+    if isinstance(layer, nn.Linear):
+        return int(weights * math.prod(output_shape[:-1]))
+    channel_axis = -(len(layer.kernel_size) + 1)  # type: ignore[arg-type]
+    shape = input_shape if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else output_shape
+    positions = math.prod(shape[:channel_axis]) * math.prod(shape[channel_axis + 1 :])
+    return int(weights * positions)
+
+
+def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False) -> ModelProfile:
+    """Measure a model with one forward pass of one example.
+
+    The model's mode, gradients and buffers are as before afterwards.
+
+    Args:
+        model: The model.
+        example_input: ``(batch, ...)``; only its first example is used.
+        warn: Warn of operations that multiply but are not counted (attention, functional convolutions).
+
+    Raises:
+        ModelError: The forward pass fails, or the model has no counted layer.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    calls: dict[str, list[tuple[Shape, Shape]]] = {}
+    modules: dict[str, nn.Module] = {}
+    watcher = _UncountedOperations(names)
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        name = names[module]
+        modules[name] = module
+        calls.setdefault(name, []).append((tuple(inputs[0].shape), tuple(output.shape)))
+
+    hooks = [m.register_forward_hook(record) for m in names if isinstance(m, COUNTED_LAYERS)]
+    try:
+        with inference_mode_of(model), watcher.watching(), watcher:
+            model(example_input[:1])
+    except Exception as error:
+        raise ModelError(
+            f"The model does not run on an example input of shape {tuple(example_input.shape)}: "
+            f"{type(error).__name__}: {error}. Give an example_input that model(example_input) accepts."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not calls:
+        raise ModelError(
+            f"{type(model).__name__} ran no convolution or linear layer, so there is nothing to compress. "
+            "Give a model built from torch.nn layers."
+        )
+    layers = tuple(
+        LayerProfile(
+            name=name,
+            kind=type(modules[name]).__name__,
+            weight_shape=tuple(modules[name].weight.shape),  # type: ignore[union-attr, arg-type]
+            calls=tuple(shapes),
+            macs=sum(layer_macs(modules[name], *shape) for shape in shapes),
+            params=sum(p.numel() for p in modules[name].parameters()),
+        )
+        for name, shapes in calls.items()
+    )
+    if warn and watcher.found:
+        warnings.warn(
+            "These operations multiply but are not counted in the MACs: " + ", ".join(watcher.found),
+            stacklevel=2,
+        )
+    return ModelProfile(
+        layers=layers,
+        macs=sum(layer.macs for layer in layers),
+        params=sum(p.numel() for p in model.parameters()),
+        uncounted=tuple(watcher.found),
+    )
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """Run the block with ``model`` in evaluation mode and without gradients; restore every module's mode."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+class _UncountedOperations(TorchDispatchMode):
+    """Notes every operation with a known flop formula that runs outside a counted layer."""
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.found: dict[str, None] = {}
+        self._names = names
+        self._running: list[nn.Module] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep track of which module is running."""
+        hooks = []
+        for module in self._names:
+            hooks.append(module.register_forward_pre_hook(lambda m, _: self._running.append(m)))
+            hooks.append(module.register_forward_hook(lambda *_: self._running.pop() and None))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in flop_registry:
+            module = self._running[-1] if self._running else None
+            if not isinstance(module, COUNTED_LAYERS):
+                name = (self._names[module] or "the model itself") if module else "the model itself"
+                self.found[f"{name} ({func._overloadpacket})"] = None
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,127 @@
+"""Recipe: the intent of one trial, an ordered list of stages. It is what the search proposes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress_search.exceptions import ConfigError, RatioError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress:
+    """A stage that compresses.
+
+    Attributes:
+        method: Name of a method, a key of :data:`compress_search.methods.METHODS`.
+        mac_ratio: MACs to keep / MACs of the model that this stage gets, in (0, 1].
+        selection: How each layer's size is chosen, a key of :data:`compress_search.selection.SELECTORS`.
+        samples: Number of unlabelled calibration examples; 0 is the data-free mode.
+    """
+
+    method: str
+    mac_ratio: float
+    selection: str = "uniform"
+    samples: int = 512
+
+    def __post_init__(self) -> None:
+        check_ratio(self.mac_ratio, what=f"mac_ratio of {self.method}")
+
+    @property
+    def name(self) -> str:
+        """What the stage is called in results."""
+        return self.method
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """A stage that trains the model on.
+
+    Stochastic gradient descent with Nesterov momentum and a cosine schedule after a linear warm-up,
+    with knowledge distillation from the original model (Hinton et al. 2015).
+
+    Attributes:
+        epochs: Number of passes over the training data; 0 skips the stage.
+        lr: Highest learning rate.
+        momentum: Nesterov momentum.
+        weight_decay: L2 penalty; not applied to biases and batch normalisation.
+        warmup: Share of all steps in which the learning rate rises linearly, in [0, 1).
+        distillation: Weight of the distillation loss in [0, 1]; the task's loss has the rest.
+        temperature: Softening of both distributions in the distillation loss.
+        gradient_clip: Largest norm of the gradient.
+    """
+
+    epochs: int = 10
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    distillation: float = 0.7
+    temperature: float = 3.0
+    gradient_clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is {value!r}; it must be {what}."
+            for name, value, good, what in (
+                ("epochs", self.epochs, self.epochs >= 0, "0 or more"),
+                ("lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
+                ("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)"),
+                ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+                ("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)"),
+                ("distillation", self.distillation, 0 <= self.distillation <= 1, "in [0, 1]"),
+                ("temperature", self.temperature, self.temperature > 0, "a positive number"),
+                ("gradient_clip", self.gradient_clip, self.gradient_clip > 0, "a positive number"),
+            )
+            if not good
+        ]
+        if faults:
+            raise ConfigError(faults, source="fine_tune")
+
+    @property
+    def name(self) -> str:
+        """What the stage is called in results."""
+        return "fine_tune"
+
+
+Stage = Compress | FineTune
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The ordered stages of one trial."""
+
+    stages: tuple[Stage, ...]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the recipe as JSON-able values."""
+        return [stage_to_dict(stage) for stage in self.stages]
+
+    @classmethod
+    def from_dict(cls, value: list[Mapping[str, Any]]) -> Recipe:
+        """Read what :meth:`to_dict` wrote."""
+        kinds: dict[str, type[Compress] | type[FineTune]] = {"compress": Compress, "fine_tune": FineTune}
+        return cls(tuple(kinds[v["stage"]](**{k: v[k] for k in v if k != "stage"}) for v in value))
+
+
+def stage_to_dict(stage: Stage) -> dict[str, Any]:
+    """Return one stage as JSON-able values."""
+    kind = "compress" if isinstance(stage, Compress) else "fine_tune"
+    return {"stage": kind, **dataclasses.asdict(stage)}
+
+
+def check_ratio(value: Any, *, what: str) -> float:
+    """Make sure that ``value`` is a ratio in (0, 1].
+
+    Raises:
+        RatioError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RatioError(
+            f"{what} is {value!r}; it must be a number in (0, 1], the share of the MACs that is kept "
+            "(0.5 keeps half of them)."
+        )
+    return float(value)

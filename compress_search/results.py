@@ -1,0 +1,262 @@
+"""Results: frozen numbers of stages and trials, and the accuracy/MAC Pareto front made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from compress_search.exceptions import StudyError
+from compress_search.plan import CompressionPlan, apply_plan
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original model's numbers, which every drop and ratio is relative to.
+
+    Attributes:
+        accuracy: What ``Task.evaluate`` said of it on the validation data.
+        macs: MACs per example.
+        params: Number of parameters.
+    """
+
+    accuracy: float
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one finished stage left.
+
+    Attributes:
+        key: Hash of everything that made it; also the name of its folder in the workspace.
+        name: ``"spatial_svd"``, ``"fine_tune"``, ...
+        accuracy: On the validation data, after the stage.
+        macs: MACs per example, after the stage.
+        params: Number of parameters, after the stage.
+        mac_ratio: MACs / MACs of the original model.
+        seconds: Wall time that computing it took.
+        reused: Whether this trial found it in the workspace instead of computing it.
+    """
+
+    key: str
+    name: str
+    accuracy: float
+    macs: int
+    params: int
+    mac_ratio: float
+    seconds: float
+    reused: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> StageResult:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a trial ended as.
+
+    Attributes:
+        number: The trial's number in the study.
+        state: ``"complete"``, ``"pruned"``, ``"failed"``, ``"running"`` or ``"waiting"``.
+        params: The search variables: the ratios that were asked of each method, and any other.
+        stages: Its finished stages, in order.
+        accuracy: On the validation data at its end; ``None`` unless complete.
+        mac_ratio: MACs / MACs of the original model at its end; ``None`` unless complete.
+        drop: Accuracy of the original minus its own (0.01 is one point); ``None`` unless complete.
+        feasible: Whether it is complete and its ``mac_ratio`` lies in the target's band.
+        seconds: Wall time of the trial, reused stages not counted.
+        reason: Why it was pruned or failed.
+        folder: Where its plan and weights lie; ``None`` unless complete.
+        build_model: Makes the original model, for :meth:`load_model`.
+    """
+
+    number: int
+    state: str
+    params: Mapping[str, float]
+    stages: tuple[StageResult, ...] = ()
+    accuracy: float | None = None
+    mac_ratio: float | None = None
+    drop: float | None = None
+    feasible: bool = False
+    seconds: float = 0.0
+    reason: str | None = None
+    folder: Path | None = None
+    build_model: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan that rebuilds the candidate's architecture.
+
+        Raises:
+            StudyError: The candidate did not complete.
+            PlanError: The file is gone or damaged.
+        """
+        return CompressionPlan.load(self._finished_folder() / "plan.json")
+
+    @property
+    def weights(self) -> Path:
+        """The candidate's weights, a safetensors file.
+
+        Raises:
+            StudyError: The candidate did not complete.
+        """
+        return self._finished_folder() / "weights.safetensors"
+
+    def load_model(self, original: nn.Module | None = None) -> nn.Module:
+        """Rebuild the compressed model and load its weights.
+
+        Args:
+            original: The original model, if the study was opened without its task.
+
+        Returns:
+            A new model in evaluation mode, on the original's device.
+
+        Raises:
+            StudyError: The candidate did not complete, or there is no original model to start from.
+        """
+        if original is None:
+            if self.build_model is None:
+                raise StudyError(
+                    "This study was opened without its task, so the original architecture is not known. "
+                    "Call load_model(original=...) or load_study(..., task=...)."
+                )
+            original = self.build_model()
+        model = apply_plan(original, self.plan)
+        model.load_state_dict(load_file(self.weights))
+        return model.eval()
+
+    def _finished_folder(self) -> Path:
+        if self.folder is None:
+            raise StudyError(
+                f"Trial {self.number} is {self.state}, so it left no model. Choose a complete one: study.front()."
+            )
+        return self.folder
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """The study's answer: every candidate, and which of them no other one beats.
+
+    A candidate is on the front if it is feasible and no other feasible one is at least as accurate with
+    at most as many MACs, and better in one of the two.
+
+    Attributes:
+        candidates: All candidates, by trial number.
+        reference: The original model.
+        target: The wanted ``mac_ratio``.
+        tolerance: Half-width of the band around the target, relative to it.
+    """
+
+    candidates: tuple[Candidate, ...]
+    reference: Reference
+    target: float
+    tolerance: float
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Lowest and highest feasible ``mac_ratio``."""
+        return self.target * (1 - self.tolerance), self.target * (1 + self.tolerance)
+
+    @property
+    def best(self) -> tuple[Candidate, ...]:
+        """The candidates on the front, from the fewest MACs to the most."""
+        return pareto_optimal([c for c in self.candidates if c.feasible])
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.best)
+
+    def __len__(self) -> int:
+        return len(self.best)
+
+    def choose(self, *, max_drop: float | None = None) -> Candidate:
+        """Pick the model to ship.
+
+        Args:
+            max_drop: Largest acceptable drop of accuracy (0.01 is one point). With it, the feasible
+                candidate with the fewest MACs within that drop; without it, the most accurate one.
+
+        Raises:
+            StudyError: There is no such candidate; the nearest one is named.
+        """
+        feasible = self.best
+        if not feasible:
+            low, high = self.band
+            raise StudyError(
+                f"No candidate is complete with a mac_ratio in [{low:.4f}, {high:.4f}]. "
+                "Run more trials, or widen the tolerance."
+            )
+        if max_drop is None:
+            return feasible[-1]
+        for candidate in feasible:
+            assert candidate.drop is not None
+            if candidate.drop <= max_drop:
+                return candidate
+        nearest = feasible[-1]
+        assert nearest.drop is not None
+        raise StudyError(
+            f"No feasible candidate drops at most {max_drop}; the nearest is trial {nearest.number} with "
+            f"{nearest.drop:.4f} at mac_ratio {nearest.mac_ratio:.4f}. Allow a larger drop, or run more trials."
+        )
+
+    def __str__(self) -> str:
+        return format_candidates(self.best)
+
+
+def pareto_optimal(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return the non-dominated candidates (accuracy up, MAC ratio down), from the fewest MACs to the most.
+
+    Of candidates with equal accuracy and MACs, the one with the lowest number stays.
+
+    Args:
+        candidates: Complete candidates, in any order.
+    """
+    front: list[Candidate] = []
+    highest = float("-inf")
+    for candidate in sorted(candidates, key=_by_macs_then_accuracy):
+        assert candidate.accuracy is not None
+        if candidate.accuracy > highest:
+            highest = candidate.accuracy
+            front.append(candidate)
+    return tuple(front)
+
+
+def format_candidates(candidates: Sequence[Candidate]) -> str:
+    """Format complete candidates as a plain table.
+
+    One row a candidate: trial, each search variable, achieved ``mac_ratio``, validation accuracy and
+    drop (both in %), seconds.
+    """
+    names = sorted({name for candidate in candidates for name in candidate.params}, reverse=True)
+    header = ["trial", *names, "mac_ratio", "accuracy %", "drop %", "seconds"]
+    rows = [
+        [
+            str(c.number),
+            *(f"{c.params[name]:.4g}" if name in c.params else "" for name in names),
+            f"{c.mac_ratio:.4f}",
+            f"{100 * (c.accuracy or 0):.2f}",
+            f"{100 * (c.drop or 0):+.2f}",
+            f"{c.seconds:.1f}",
+        ]
+        for c in candidates
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _by_macs_then_accuracy(candidate: Candidate) -> tuple[float, float, int]:
+    assert candidate.mac_ratio is not None and candidate.accuracy is not None
+    return candidate.mac_ratio, -candidate.accuracy, candidate.number

@@ -1,0 +1,226 @@
+"""Task: the user's side of a study. The model, its data, and how to judge it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress_search.exceptions import EvaluationError, TaskError
+from compress_search.fingerprint import seeded
+from compress_search.profile import inference_mode_of
+
+Evaluate = Callable[[nn.Module, Iterable[Any]], float]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def accuracy(model: nn.Module, loader: Iterable[Any]) -> float:
+    """Top-1 accuracy of a classifier, the default of :attr:`Task.evaluate`.
+
+    Args:
+        model: Maps inputs ``(batch, ...)`` to logits ``(batch, classes)``.
+        loader: Yields ``(inputs, labels)`` with labels ``(batch,)``.
+
+    Returns:
+        The share of right answers, in [0, 1].
+    """
+    device = next(model.parameters()).device
+    right = total = 0
+    with inference_mode_of(model):
+        for inputs, labels in loader:
+            predicted = model(inputs.to(device)).argmax(dim=1)
+            right += int((predicted == labels.to(device)).sum())
+            total += len(labels)
+    return right / total if total else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A trained model and what it takes to compress it.
+
+    A study never changes the model that is given here: everything is done on copies.
+
+    Attributes:
+        model: The trained model, or a function without arguments that returns it.
+        example_input: ``(batch, ...)``, something ``model(example_input)`` accepts.
+        train: Loader of ``(inputs, targets)`` batches for fine-tuning.
+        validation: Loader that the search judges candidates by. The search never sees ``test``.
+        test: Loader for the one final number of the chosen model, or ``None``.
+        calibration: Loader whose inputs (labels are ignored) the compression methods look at;
+            ``train`` by default.
+        evaluate: ``evaluate(model, loader)`` returns a finite number, higher is better. It is called
+            with ``validation`` (and once with ``test``). Top-1 accuracy by default.
+        loss: ``loss(outputs, targets)`` for fine-tuning. Cross-entropy by default.
+        name: What the task is called in studies and reports.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    example_input: Tensor
+    train: Iterable[Any]
+    validation: Iterable[Any]
+    test: Iterable[Any] | None = None
+    calibration: Iterable[Any] | None = None
+    evaluate: Evaluate = accuracy
+    loss: Loss = field(default_factory=nn.CrossEntropyLoss)
+    name: str = "task"
+
+    def build_model(self) -> nn.Module:
+        """Return a fresh copy of the original model, in evaluation mode.
+
+        Raises:
+            TaskError: ``model`` is neither a module nor a function that returns one.
+        """
+        model = self.model
+        if not isinstance(model, nn.Module):
+            if not callable(model):
+                raise TaskError(
+                    f"Task.model is a {type(model).__name__}. Give a torch.nn.Module, or a function that returns one."
+                )
+            model = model()
+            if not isinstance(model, nn.Module):
+                raise TaskError(
+                    f"The function given as Task.model returned a {type(model).__name__}, not a torch.nn.Module."
+                )
+        return copy.deepcopy(model).eval()
+
+    def score(self, model: nn.Module, loader: Iterable[Any] | None = None) -> float:
+        """Evaluate a model, and make sure that the answer is a finite number.
+
+        Args:
+            model: The model.
+            loader: What to evaluate on; ``validation`` by default.
+
+        Raises:
+            EvaluationError: ``evaluate`` raised, or returned NaN, infinity or not a number.
+        """
+        name = getattr(self.evaluate, "__name__", type(self.evaluate).__name__)
+        try:
+            value: Any = self.evaluate(model, self.validation if loader is None else loader)
+        except Exception as error:
+            raise EvaluationError(
+                f"evaluate ({name}) raised {type(error).__name__}: {error}. "
+                "It is called as evaluate(model, loader) and must return a number, higher is better."
+            ) from error
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        try:
+            number = math.nan if isinstance(value, str | bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise EvaluationError(
+                f"evaluate ({name}) returned {value!r}, which is not a finite number. "
+                "Return one number, higher is better (an accuracy in [0, 1], for example)."
+            )
+        return number
+
+    def calibration_inputs(self, samples: int, *, seed: int = 0) -> list[Tensor]:
+        """Draw unlabelled inputs for calibration, the same ones for the same seed.
+
+        Args:
+            samples: How many examples at most.
+            seed: Fixes the order of a shuffling loader.
+
+        Returns:
+            Batches ``(batch, ...)`` on the loader's device, ``samples`` examples in all or as many as
+            the loader has.
+
+        Raises:
+            TaskError: The loader yields no example.
+        """
+        loader = self.train if self.calibration is None else self.calibration
+        batches: list[Tensor] = []
+        missing = samples
+        with seeded(seed, loader):
+            for batch in inputs_of(loader):
+                batches.append(batch[:missing])
+                missing -= len(batches[-1])
+                if missing <= 0:
+                    break
+        if not batches:
+            raise TaskError("The calibration loader yields no example. Give a loader with at least one batch.")
+        return batches
+
+    def check(self, model: nn.Module, device: torch.device) -> None:
+        """Find what is wrong with the task before any work starts.
+
+        Args:
+            model: What :meth:`build_model` returned.
+            device: Where the model will run.
+
+        Raises:
+            TaskError: With everything that is wrong, one fault a line.
+        """
+        faults = []
+        for name in ("train", "validation", "test", "calibration"):
+            loader = getattr(self, name)
+            if loader is not None:
+                faults += _loader_faults(name, loader)
+        if not isinstance(self.example_input, Tensor):
+            faults.append(f"example_input is a {type(self.example_input).__name__}, not a torch.Tensor.")
+        if not faults:
+            faults += self._model_faults(model.to(device), device)
+        if faults:
+            raise TaskError(f"The task {self.name!r} cannot be used:\n" + "\n".join(f"  - {f}" for f in faults))
+
+    def _model_faults(self, model: nn.Module, device: torch.device) -> list[str]:
+        inputs, targets = next(iter(self.train))[:2]
+        if inputs.shape[1:] != self.example_input.shape[1:]:
+            return [
+                f"example_input has shape {tuple(self.example_input.shape)}, but train yields inputs of shape "
+                f"{tuple(inputs.shape)}; all but the first number must be equal."
+            ]
+        with inference_mode_of(model):
+            try:
+                model(self.example_input.to(device))
+            except Exception as error:
+                return [
+                    f"The model does not run on example_input of shape {tuple(self.example_input.shape)}: "
+                    f"{type(error).__name__}: {error}"
+                ]
+            try:
+                outputs = model(inputs.to(device))
+                loss = self.loss(outputs, targets.to(device))
+            except Exception as error:
+                return [
+                    f"The model's output does not fit train's targets of shape {tuple(targets.shape)} "
+                    f"and type {targets.dtype}: {type(error).__name__}: {error}"
+                ]
+        if loss.numel() != 1 or not math.isfinite(loss.item()):
+            return [f"The loss of the first training batch is {loss}, not one finite number."]
+        return []
+
+
+def inputs_of(loader: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the input tensors of a loader's batches, whether it yields ``inputs`` or ``(inputs, ...)``."""
+    for batch in loader:
+        yield batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _loader_faults(name: str, loader: Any) -> list[str]:
+    if iter_fault := _not_a_loader(name, loader):
+        return [iter_fault]
+    try:
+        batch = next(iter(loader), None)
+    except Exception as error:
+        return [f"{name} raised when its first batch was drawn: {type(error).__name__}: {error}"]
+    if batch is None:
+        return [f"{name} is empty: it yields no batch."]
+    if isinstance(batch, Tensor) and name == "calibration":
+        return []
+    if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[0], Tensor):
+        return [f"{name} yields {type(batch).__name__}; it must yield (inputs, targets) with a tensor of inputs."]
+    return []
+
+
+def _not_a_loader(name: str, loader: Any) -> str | None:
+    if isinstance(loader, Iterator):
+        return f"{name} is an iterator that ends after one pass. Give a DataLoader or a list of batches."
+    if not isinstance(loader, Iterable):
+        return f"{name} is a {type(loader).__name__}, which cannot be iterated. Give a DataLoader."
+    return None

@@ -1,0 +1,114 @@
+"""The workspace: the folder that holds stage results, studies and reports.
+
+Layout::
+
+    runs/                      the workspace
+      study.db                 the Optuna studies (SQLite)
+      stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
+      <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
+
+Whatever is written here appears whole or not at all: it is written under a temporary name on the same
+file system, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress_search.exceptions import WorkspaceError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a study's files lie.
+
+    Args:
+        root: The folder. It is created by :meth:`prepare`.
+    """
+
+    root: Path
+
+    def prepare(self) -> Workspace:
+        """Create the folder and prove that it can be written.
+
+        Returns:
+            The workspace itself.
+
+        Raises:
+            WorkspaceError: The folder cannot be created or written.
+        """
+        try:
+            self.stages.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.stages) as probe:
+                probe.write(b"writable")
+        except OSError as error:
+            raise WorkspaceError(
+                f"The workspace {str(self.root)!r} cannot be written ({error}). "
+                "Choose another folder: --workspace DIR on the command line, workspace=... in Python."
+            ) from error
+        return self
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file of the studies."""
+        return self.root / "study.db"
+
+    @property
+    def stages(self) -> Path:
+        """The folder of all stage results, shared by every study of this workspace."""
+        return self.root / "stages"
+
+    def study_folder(self, name: str) -> Path:
+        """The folder of one study's configuration, log, reports and exports."""
+        return self.root / name
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; see :func:`write_text_atomically`."""
+    write_text_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes ``target`` when the block ends without an error.
+
+    If another process made ``target`` meanwhile, theirs is kept: stage folders are named by the hash of
+    what made them, so both hold the same thing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
