@@ -1,0 +1,53 @@
+# Each target does its own set-up in .venv, once; it is done again when pyproject.toml or
+# constraints.txt changes. Another Python: make PYTHON=/path/to/python3.12
+
+PYTHON ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Idle OpenMP threads that spin take the cores from the ones that work.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow lint format clean
+.DEFAULT_GOAL := test
+
+demo: $(INSTALLED)
+	$(BIN)/compress-search run configs/digits.yaml
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The studies in runs/ are the user's work: they stay.
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without ensurepip, Debian's python3 makes virtual environments that have no pip.
+USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@for python in $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14); do \
+		"$$python" -c '$(USABLE)' 2>/dev/null && found=$$python && break; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "error: no usable Python among: $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)." >&2; \
+		echo "It must be 3.11 or newer and able to make virtual environments (on Debian and Ubuntu:" >&2; \
+		echo "apt install python3-venv). Name another one with: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi; \
+	echo "Setting up .venv with $$found, once. PyTorch is several gigabytes: this can take a while."; \
+	"$$found" -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
