@@ -141,7 +141,8 @@ class Candidate:
     def _finished_folder(self) -> Path:
         if self.folder is None:
             raise StudyError(
-                f"Trial {self.number} is {self.state}, so it left no model. Choose a complete one: study.front()."
+                f"Trial {self.number} is {self.state}, so it left no model. "
+                "Choose a complete one: study.front()."
             )
         return self.folder
 
@@ -208,7 +209,8 @@ class ParetoFront:
         assert nearest.drop is not None
         raise StudyError(
             f"No feasible candidate drops at most {max_drop}; the nearest is trial {nearest.number} with "
-            f"{nearest.drop:.4f} at mac_ratio {nearest.mac_ratio:.4f}. Allow a larger drop, or run more trials."
+            f"{nearest.drop:.4f} at mac_ratio {nearest.mac_ratio:.4f}. "
+            "Allow a larger drop, or run more trials."
         )
 
     def __str__(self) -> str:
@@ -253,7 +255,10 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         for c in candidates
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -79,12 +79,14 @@ class Task:
         if not isinstance(model, nn.Module):
             if not callable(model):
                 raise TaskError(
-                    f"Task.model is a {type(model).__name__}. Give a torch.nn.Module, or a function that returns one."
+                    f"Task.model is a {type(model).__name__}. "
+                    "Give a torch.nn.Module, or a function that returns one."
                 )
             model = model()
             if not isinstance(model, nn.Module):
                 raise TaskError(
-                    f"The function given as Task.model returned a {type(model).__name__}, not a torch.nn.Module."
+                    f"The function given as Task.model returned a {type(model).__name__}, "
+                    "not a torch.nn.Module."
                 )
         return copy.deepcopy(model).eval()
 
@@ -143,7 +145,9 @@ class Task:
                 if missing <= 0:
                     break
         if not batches:
-            raise TaskError("The calibration loader yields no example. Give a loader with at least one batch.")
+            raise TaskError(
+                "The calibration loader yields no example. Give a loader with at least one batch."
+            )
         return batches
 
     def check(self, model: nn.Module, device: torch.device) -> None:
@@ -166,14 +170,16 @@ class Task:
         if not faults:
             faults += self._model_faults(model.to(device), device)
         if faults:
-            raise TaskError(f"The task {self.name!r} cannot be used:\n" + "\n".join(f"  - {f}" for f in faults))
+            raise TaskError(
+                f"The task {self.name!r} cannot be used:\n" + "\n".join(f"  - {f}" for f in faults)
+            )
 
     def _model_faults(self, model: nn.Module, device: torch.device) -> list[str]:
         inputs, targets = next(iter(self.train))[:2]
         if inputs.shape[1:] != self.example_input.shape[1:]:
             return [
-                f"example_input has shape {tuple(self.example_input.shape)}, but train yields inputs of shape "
-                f"{tuple(inputs.shape)}; all but the first number must be equal."
+                f"example_input has shape {tuple(self.example_input.shape)}, but train yields inputs "
+                f"of shape {tuple(inputs.shape)}; all but the first number must be equal."
             ]
         with inference_mode_of(model):
             try:
@@ -214,7 +220,9 @@ def _loader_faults(name: str, loader: Any) -> list[str]:
     if isinstance(batch, Tensor) and name == "calibration":
         return []
     if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[0], Tensor):
-        return [f"{name} yields {type(batch).__name__}; it must yield (inputs, targets) with a tensor of inputs."]
+        return [
+            f"{name} yields {type(batch).__name__}; it must yield (inputs, targets) with a tensor of inputs."
+        ]
     return []
 
 
