@@ -71,8 +71,11 @@ class FactoriseLayer:
         assert isinstance(weight, nn.Parameter)
         new = nn.Sequential(OrderedDict((part.name, part.build(weight)) for part in self.parts))
         new.train(old.training)
-        parent, _, child = self.layer.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        # A module that the network uses under several names is replaced under each of them.
+        for parent in list(model.modules()):
+            for child, module in list(parent.named_children()):
+                if module is old:
+                    setattr(parent, child, new)
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,8 @@ class CompressionPlan:
             raise PlanError(f"Not a compression plan: its format is {value.get('format')!r}, not {FORMAT!r}.")
         if value.get("version") != VERSION:
             raise PlanError(
-                f"The plan has version {value.get('version')!r}; this compress_search reads version {VERSION}. "
-                "Use the version of compress_search that wrote it."
+                f"The plan has version {value.get('version')!r}; this compress_search reads version "
+                f"{VERSION}. Use the version of compress_search that wrote it."
             )
         try:
             return cls(tuple(_step_from_dict(step) for step in value["steps"]))

@@ -51,14 +51,29 @@ def can_keep_channels(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | _BatchNorm | nn.PReLU)
 
 
+def channel_count(module: nn.Module, side: str) -> int:
+    """Number of channels of one side of a module that :func:`keep_channels` can cut.
+
+    Args:
+        module: The module.
+        side: ``"inputs"`` or ``"outputs"``.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "inputs" else module.out_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.in_channels if side == "inputs" else module.out_channels
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters
+    assert isinstance(module, _BatchNorm)
+    return module.num_features
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """Whether the module is a convolution with one filter for each channel."""
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def _keep_weight(
-    module: nn.Module, inputs: Sequence[int] | None, outputs: Sequence[int] | None
-) -> None:
+def _keep_weight(module: nn.Module, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> None:
     if outputs is not None:
         _keep_first_axis(module, ("weight", "bias"), outputs)
     if is_depthwise(module):

@@ -1,0 +1,68 @@
+"""Search how to compress a trained PyTorch CNN, as one resumable Optuna study.
+
+The names below are imported when they are first used, so that ``compress-search --help`` and other commands
+that need no tensors do not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress_search.exceptions import CompressSearchError
+    from compress_search.plan import CompressionPlan, apply_plan
+    from compress_search.profile import ModelProfile, profile_model
+    from compress_search.recipe import Compress, FineTune, Recipe
+    from compress_search.results import Candidate, ParetoFront
+    from compress_search.search.study import CompressionStudy, create_study, load_study
+    from compress_search.task import Task, accuracy
+
+__version__ = metadata.version("compress-search")
+
+_HOMES = {
+    "CompressSearchError": "exceptions",
+    "CompressionPlan": "plan",
+    "apply_plan": "plan",
+    "ModelProfile": "profile",
+    "profile_model": "profile",
+    "Compress": "recipe",
+    "FineTune": "recipe",
+    "Recipe": "recipe",
+    "Candidate": "results",
+    "ParetoFront": "results",
+    "CompressionStudy": "search.study",
+    "create_study": "search.study",
+    "load_study": "search.study",
+    "Task": "task",
+    "accuracy": "task",
+}
+
+__all__ = [
+    "Candidate",
+    "Compress",
+    "CompressSearchError",
+    "CompressionPlan",
+    "CompressionStudy",
+    "FineTune",
+    "ModelProfile",
+    "ParetoFront",
+    "Recipe",
+    "Task",
+    "accuracy",
+    "apply_plan",
+    "create_study",
+    "load_study",
+    "profile_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

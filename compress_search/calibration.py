@@ -1,0 +1,174 @@
+"""What calibration data says of a model: Gram matrices, divergence of outputs, BatchNorm statistics.
+
+Everything streams over the batches: memory grows with the layers, not with the number of samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compress_search.exceptions import ModelError
+from compress_search.profile import inference_mode_of
+
+_CHUNK_ELEMENTS = 2**24
+"""Largest number of elements of unfolded patches that are held at a time (64 MB in float32)."""
+
+Patches = Callable[[Tensor], Tensor]
+"""Turns a layer's input into rows ``(groups, rows, features)``."""
+
+
+def gram_matrices(
+    model: nn.Module, patches: Mapping[str, Patches], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Accumulate the second moments of layers' input patches in one pass.
+
+    Args:
+        model: The model.
+        patches: For each layer by name, how its input is unfolded into rows.
+        batches: Calibration inputs, each ``(batch, ...)``.
+
+    Returns:
+        For each layer ``(groups, features + 1, features + 1)`` in float64: the mean over the rows of the
+        outer product of ``(row, 1)`` with itself. The last column holds the mean of the rows.
+
+    Raises:
+        ModelError: A layer's input is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    rows_seen: dict[str, int] = {}
+
+    def accumulate(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            for piece in inputs[0].split(examples_at_a_time(inputs[0], patches[name])):
+                rows = with_ones(patches[name](piece))
+                gram = rows.transpose(1, 2).matmul(rows).double()
+                sums[name] = sums[name] + gram if name in sums else gram
+                rows_seen[name] = rows_seen.get(name, 0) + rows.shape[1]
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(accumulate(name)) for name in patches]
+    try:
+        run(model, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: check_finite(sums[name] / rows_seen[name], layer=name) for name in patches}
+
+
+def examples_at_a_time(inputs: Tensor, patches: Patches) -> int:
+    """How many examples of a batch can be unfolded at a time in bounded memory; at least one.
+
+    Args:
+        inputs: ``(batch, ...)``.
+        patches: Unfolds it.
+    """
+    return max(1, _CHUNK_ELEMENTS // max(1, patches(inputs[:1]).numel()))
+
+
+def with_ones(rows: Tensor) -> Tensor:
+    """Append a column of ones, the regressor of the bias, to ``(groups, rows, features)``."""
+    return functional.pad(rows, (0, 1), value=1.0)
+
+
+def check_finite(matrix: Tensor, *, layer: str) -> Tensor:
+    """Return ``matrix`` if it is finite.
+
+    Raises:
+        ModelError: It is not; the layer is named.
+    """
+    if not torch.isfinite(matrix).all():
+        raise ModelError(
+            f"The inputs or outputs of layer {layer!r} are not finite (NaN or infinity) on the calibration "
+            "data. Check the model's weights and the calibration inputs."
+        )
+    return matrix
+
+
+def run(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Run the model over all batches for the sake of its hooks."""
+    device = next(model.parameters()).device
+    with inference_mode_of(model):
+        for batch in batches:
+            model(batch.to(device))
+
+
+def divergence(model: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) -> float:
+    """How far a model's outputs are from the reference's, without labels.
+
+    Args:
+        model: The model.
+        reference: The model it should imitate.
+        batches: Inputs, each ``(batch, ...)``.
+
+    Returns:
+        For outputs ``(batch, classes)`` the mean Kullback-Leibler divergence of the softmax distributions
+        in nats; for others the squared error relative to the reference's energy.
+    """
+    device = next(model.parameters()).device
+    total = scale = 0.0
+    with inference_mode_of(model), inference_mode_of(reference):
+        for batch in batches:
+            outputs, wanted = model(batch.to(device)), reference(batch.to(device))
+            if wanted.ndim == 2:
+                total += float(
+                    functional.kl_div(
+                        outputs.double().log_softmax(1),
+                        wanted.double().log_softmax(1),
+                        reduction="sum",
+                        log_target=True,
+                    )
+                )
+                scale += len(batch)
+            else:
+                total += float((outputs - wanted).double().square().sum())
+                scale += float(wanted.double().square().sum())
+    return total / scale if scale else 0.0
+
+
+def with_best_batchnorm(model: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+    """Return the model with its BatchNorm statistics re-estimated, or as it is: whichever diverges less.
+
+    After reconstruction the old statistics are often the better ones, so it is measured rather than assumed.
+
+    Args:
+        model: The compressed model. It is not changed.
+        reference: The model before compression.
+        batches: Calibration inputs; none leaves the model as it is.
+    """
+    if not batches or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return model
+    estimated = reestimated_batchnorm(model, batches)
+    if divergence(estimated, reference, batches) < divergence(model, reference, batches):
+        return estimated
+    return model
+
+
+def reestimated_batchnorm(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+    """Return a copy whose BatchNorm layers hold the statistics of the calibration data.
+
+    Args:
+        model: The model. It is not changed.
+        batches: Calibration inputs, each ``(batch, ...)`` with more than one value a channel.
+    """
+    estimated = copy.deepcopy(model).eval()
+    device = next(estimated.parameters()).device
+    layers = [m for m in estimated.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # PyTorch's word for a plain average over the batches.
+        layer.train()
+    with torch.no_grad():
+        for batch in batches:
+            estimated(batch.to(device))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    return estimated.eval()

@@ -1,0 +1,104 @@
+"""Structured optimal brain surgeon: which blocks of input channels a layer misses least.
+
+Hassibi and Stork 1993, *Optimal brain surgeon*, equations 5 and 6, with a block of regressors in place of a
+single weight and the Gram matrix of a linear layer's inputs as its Hessian (Frantar and Alistarh 2022,
+*Optimal brain compression*, section 4). Deviation: a block may be consumed by several layers; their errors,
+each relative to the energy of the layer's output, are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_RIDGE = 1e-4
+"""Added to the Gram matrix relative to its mean diagonal; keeps a rank-deficient one invertible."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that mixes the channels in question.
+
+    Attributes:
+        covariance: ``(features, features)`` in float64, of its input patches.
+        weights: ``(features, channels)`` in float64.
+        blocks: ``(number of blocks, features per block)``, the features that each block feeds.
+    """
+
+    covariance: Tensor
+    weights: Tensor
+    blocks: Tensor
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The order in which blocks are removed.
+
+    Attributes:
+        order: Indices of all blocks, the one that is missed least first.
+        errors: For each step, the relative squared output error that it adds, summed over the consumers,
+            with all remaining weights re-solved.
+    """
+
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+
+    def kept(self, size: int) -> tuple[int, ...]:
+        """Indices of the ``size`` blocks that are removed last, in ascending order."""
+        return tuple(sorted(self.order[len(self.order) - size :]))
+
+
+def removal_order(consumers: Sequence[Consumer]) -> Removal:
+    """Order all blocks by how much their removal, with the rest re-solved, raises the output error.
+
+    Removing block ``b`` costs ``tr(W_b^T [(G^-1)_bb]^-1 W_b)``; then ``G^-1`` and ``W`` are downdated.
+
+    Args:
+        consumers: At least one; all have the same number of blocks.
+    """
+    states = [_State(consumer) for consumer in consumers]
+    remaining = list(range(len(consumers[0].blocks)))
+    order, errors = [], []
+    while remaining:
+        costs = torch.stack([state.costs(remaining) for state in states]).sum(dim=0)
+        position = int(costs.argmin())
+        block = remaining.pop(position)
+        order.append(block)
+        errors.append(float(costs[position]))
+        for state in states if remaining else ():
+            state.remove(block)
+    return Removal(tuple(order), tuple(errors))
+
+
+class _State:
+    """A consumer while blocks are being removed from it."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        covariance = consumer.covariance
+        ridge = (_RIDGE * covariance.diagonal().mean()).clamp_min(1e-12)
+        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge * identity))
+        self._weights = consumer.weights.clone()
+        self._blocks = consumer.blocks
+        energy = (consumer.weights * (covariance @ consumer.weights)).sum()
+        self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
+
+    def costs(self, remaining: Sequence[int]) -> Tensor:
+        """Relative error that removing each of the remaining blocks would add, ``(len(remaining),)``."""
+        features = self._blocks[list(remaining)]
+        inverse = self._inverse[features[:, :, None], features[:, None, :]]
+        weights = self._weights[features]
+        return (weights * torch.linalg.solve(inverse, weights)).sum(dim=(1, 2)) / self._energy
+
+    def remove(self, block: int) -> None:
+        """Take a block out and re-solve the weights of the rest."""
+        features = self._blocks[block]
+        columns = self._inverse[:, features]
+        spread = torch.linalg.solve(self._inverse[features][:, features], columns.T)
+        self._weights -= columns @ torch.linalg.solve(
+            self._inverse[features][:, features], self._weights[features]
+        )
+        self._inverse -= columns @ spread
