@@ -46,7 +46,7 @@ def gram_matrices(
 
     def accumulate(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            for piece in inputs[0].split(examples_at_a_time(inputs[0], patches[name])):
+            for piece in torch.split(inputs[0], examples_at_a_time(inputs[0], patches[name])):
                 rows = with_ones(patches[name](piece))
                 gram = rows.transpose(1, 2).matmul(rows).double()
                 sums[name] = sums[name] + gram if name in sums else gram

@@ -49,7 +49,7 @@ def data_fingerprint(loader: Iterable[Any]) -> str:
         20 hexadecimal digits.
     """
     first, second = (_first_batch_hash(loader) for _ in range(2))
-    length = len(loader.dataset) if hasattr(loader, "dataset") else None  # type: ignore[arg-type]
+    length = len(loader.dataset) if hasattr(loader, "dataset") else None
     return content_hash([length, first if first == second else None])
 
 
@@ -59,24 +59,37 @@ def seeded(seed: int, loader: Iterable[Any] | None = None) -> Iterator[None]:
 
     Args:
         seed: Seed of torch (all devices), numpy's global generator and :mod:`random`.
-        loader: A loader whose own ``generator`` is to be seeded as well.
+        loader: A loader whose own generators, and those of its samplers, are to be seeded as well.
     """
-    generator = getattr(loader, "generator", None)
-    generator_state = generator.get_state() if generator is not None else None
+    generators = [(generator, generator.get_state()) for generator in _generators_of(loader)]
     numpy_state, random_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    # By default fork_rng would start every GPU of the machine, even for work on the CPU.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if started else ()
+    with torch.random.fork_rng(devices, device_type="cuda"):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        if generator is not None:
+        for generator, _ in generators:
             generator.manual_seed(seed)
         try:
             yield
         finally:
             np.random.set_state(numpy_state)
             random.setstate(random_state)
-            if generator is not None:
-                generator.set_state(generator_state)
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+def _generators_of(source: Any) -> Iterator[torch.Generator]:
+    """Find the random generators of a loader, and of the samplers that it draws from."""
+    if source is None:
+        return
+    generator = getattr(source, "generator", None)
+    if isinstance(generator, torch.Generator):
+        yield generator
+    for part in ("sampler", "batch_sampler"):
+        yield from _generators_of(getattr(source, part, None))
 
 
 def _first_batch_hash(loader: Iterable[Any]) -> str:

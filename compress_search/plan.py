@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress_search.exceptions import PlanError
 from compress_search.surgery import keep_channels
@@ -42,7 +42,7 @@ class Part:
     type: str
     arguments: Mapping[str, Any]
 
-    def build(self, like: nn.Parameter) -> nn.Module:
+    def build(self, like: Tensor) -> nn.Module:
         """Construct the module on the device and in the precision of ``like``."""
         if self.type not in _PART_TYPES:
             raise PlanError(f"A plan cannot build a {self.type!r}; it can build: {', '.join(_PART_TYPES)}.")
@@ -73,7 +73,7 @@ class FactoriseLayer:
         new.train(old.training)
         # A module that the network uses under several names is replaced under each of them.
         for parent in list(model.modules()):
-            for child, module in list(parent.named_children()):
+            for child, module in list(parent._modules.items()):
                 if module is old:
                     setattr(parent, child, new)
 

@@ -92,7 +92,7 @@ def layer_macs(layer: nn.Module, input_shape: Shape, output_shape: Shape) -> int
         input_shape: ``(batch, channels, *spatial)``, or ``(*, features)`` for a linear layer.
         output_shape: Likewise.
     """
-    weights = layer.weight.numel()  # type: ignore[union-attr, operator]
+    weights = layer.weight.numel()  # type: ignore[operator]
     if isinstance(layer, nn.Linear):
         return int(weights * math.prod(output_shape[:-1]))
     channel_axis = -(len(layer.kernel_size) + 1)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
         LayerProfile(
             name=name,
             kind=type(modules[name]).__name__,
-            weight_shape=tuple(modules[name].weight.shape),  # type: ignore[union-attr, arg-type]
+            weight_shape=tuple(modules[name].weight.shape),  # type: ignore[arg-type]
             calls=tuple(shapes),
             macs=sum(layer_macs(modules[name], *shape) for shape in shapes),
             params=sum(p.numel() for p in modules[name].parameters()),
@@ -178,11 +178,11 @@ def inference_mode_of(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _UncountedOperations(TorchDispatchMode):
+class _UncountedOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation with a known flop formula that runs outside a counted layer."""
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[str, None] = {}
         self._names = names
         self._running: list[nn.Module] = []
@@ -193,12 +193,15 @@ class _UncountedOperations(TorchDispatchMode):
         hooks = []
         for module in self._names:
             hooks.append(module.register_forward_pre_hook(lambda m, _: self._running.append(m)))
-            hooks.append(module.register_forward_hook(lambda *_: self._running.pop() and None))
+            hooks.append(module.register_forward_hook(lambda *_: self._leave()))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _leave(self) -> None:
+        self._running.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._overloadpacket in flop_registry:

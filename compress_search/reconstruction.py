@@ -22,6 +22,9 @@ from compress_search.profile import inference_mode_of
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of the pull towards the present weights that are tried, relative to the mean input energy."""
 
+_RIDGE_UNSEEN = 1e-2
+"""The ridge where there are too few batches to hold any out."""
+
 _HELD_OUT = 4
 """One batch in so many is held out to choose the ridge by."""
 
@@ -102,13 +105,13 @@ def ridge_correction(fitted: Moments, held_out: Moments | None) -> Tensor:
 
     Args:
         fitted: Moments to solve with.
-        held_out: Moments of other samples, or ``None`` to use the smallest ridge.
+        held_out: Moments of other samples, or ``None`` to use a ridge of 1e-2.
 
     Returns:
         ``(groups, regressors, channels / groups)``; with a bias, the last row is its change.
     """
     if held_out is None:
-        return _solve(fitted, _RIDGES[0])
+        return _solve(fitted, _RIDGE_UNSEEN)
     # No change at all is a candidate too: where nothing helps on held-out samples, nothing is changed.
     best_ridge, best_change = None, 0.0
     for ridge in _RIDGES:
@@ -163,7 +166,7 @@ def _batch_moments(layer: nn.Module, inputs: Tensor, residual: Tensor) -> Moment
     size = examples_at_a_time(inputs, lambda piece: input_patches(layer, piece))
     has_bias = layer.bias is not None
     total: Moments | None = None
-    for piece, left in zip(inputs.split(size), residual.split(size), strict=True):
+    for piece, left in zip(torch.split(inputs, size), torch.split(residual, size), strict=True):
         rows = input_patches(layer, piece)
         rows = with_ones(rows) if has_bias else rows
         gram = rows.transpose(1, 2) @ rows

@@ -19,6 +19,10 @@ Evaluate = Callable[[nn.Module, Iterable[Any]], float]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+_CALIBRATION_BATCH = 32
+"""Examples a calibration batch: few, so that layer inputs stay small and there are batches to hold out."""
+
+
 def accuracy(model: nn.Module, loader: Iterable[Any]) -> float:
     """Top-1 accuracy of a classifier, the default of :attr:`Task.evaluate`.
 
@@ -121,6 +125,10 @@ class Task:
             )
         return number
 
+    def loss_on(self, device: torch.device) -> Loss:
+        """The loss, with what it holds (class weights, for example) on ``device``."""
+        return copy.deepcopy(self.loss).to(device) if isinstance(self.loss, nn.Module) else self.loss
+
     def calibration_inputs(self, samples: int, *, seed: int = 0) -> list[Tensor]:
         """Draw unlabelled inputs for calibration, the same ones for the same seed.
 
@@ -129,8 +137,8 @@ class Task:
             seed: Fixes the order of a shuffling loader.
 
         Returns:
-            Batches ``(batch, ...)`` on the loader's device, ``samples`` examples in all or as many as
-            the loader has.
+            Batches ``(batch, ...)`` of at most 32 examples, on the loader's device; ``samples`` examples
+            in all or as many as the loader has.
 
         Raises:
             TaskError: The loader yields no example.
@@ -140,8 +148,8 @@ class Task:
         missing = samples
         with seeded(seed, loader):
             for batch in inputs_of(loader):
-                batches.append(batch[:missing])
-                missing -= len(batches[-1])
+                batches += batch[:missing].split(_CALIBRATION_BATCH)
+                missing -= min(missing, len(batch))
                 if missing <= 0:
                     break
         if not batches:
@@ -165,7 +173,8 @@ class Task:
             loader = getattr(self, name)
             if loader is not None:
                 faults += _loader_faults(name, loader)
-        if not isinstance(self.example_input, Tensor):
+        example: object = self.example_input
+        if not isinstance(example, Tensor):
             faults.append(f"example_input is a {type(self.example_input).__name__}, not a torch.Tensor.")
         if not faults:
             faults += self._model_faults(model.to(device), device)
@@ -191,7 +200,7 @@ class Task:
                 ]
             try:
                 outputs = model(inputs.to(device))
-                loss = self.loss(outputs, targets.to(device))
+                loss = self.loss_on(device)(outputs, targets.to(device))
             except Exception as error:
                 return [
                     f"The model's output does not fit train's targets of shape {tuple(targets.shape)} "

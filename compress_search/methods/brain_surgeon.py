@@ -91,7 +91,8 @@ class _State:
         features = self._blocks[list(remaining)]
         inverse = self._inverse[features[:, :, None], features[:, None, :]]
         weights = self._weights[features]
-        return (weights * torch.linalg.solve(inverse, weights)).sum(dim=(1, 2)) / self._energy
+        errors: Tensor = (weights * torch.linalg.solve(inverse, weights)).sum(dim=(1, 2))
+        return errors / self._energy
 
     def remove(self, block: int) -> None:
         """Take a block out and re-solve the weights of the rest."""

@@ -130,7 +130,9 @@ class ChannelPruningAnalysis:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         # The mean of what is removed can be made good by the bias, so the covariance is what counts.
-        mean = moments[:-1, -1] if layer.bias is not None else torch.zeros_like(moments[:-1, -1])
+        mean = (
+            moments[:-1, -1] if isinstance(layer.bias, nn.Parameter) else torch.zeros_like(moments[:-1, -1])
+        )
         positions = weight[0, 0].numel()
         kernel = torch.arange(positions, device=weight.device)
         channels = torch.as_tensor(member.blocks, device=weight.device)
@@ -147,7 +149,8 @@ class ChannelPruningAnalysis:
         for member in group.members:
             layer = self.model.get_submodule(member.layer)
             weight = layer.weight
-            if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
+            assert isinstance(weight, nn.Parameter)
+            if weight.ndim < 2:
                 continue
             axis = 0 if member.side == "outputs" else 1
             energy = weight.detach().double().cpu().movedim(axis, 0).flatten(1).square().sum(dim=1)

@@ -110,7 +110,8 @@ class SpatialSVDAnalysis:
             return {}
         views = {}
         for name in names:
-            vertical = _parts(self._convolution(name), 1)[0].build(self._convolution(name).weight)
+            convolution = self._convolution(name)
+            vertical = _parts(convolution, 1)[0].build(convolution.weight)
             views[name] = lambda inputs, layer=vertical: input_patches(layer, inputs)
         return {name: gram[0, :-1, :-1] for name, gram in gram_matrices(self.model, views, batches).items()}
 

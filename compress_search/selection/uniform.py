@@ -56,7 +56,8 @@ def _spend_the_rest(analysis: Analysis, sizes: dict[str, int], budget: float) ->
     while open_units:
         unit = min(open_units, key=lambda u: sizes[u.name] / u.full_size)
         larger = sizes | {unit.name: sizes[unit.name] + 1}
-        if larger[unit.name] <= unit.full_size and analysis.predict_macs(larger) <= budget:
+        useful = larger[unit.name] <= (analysis.size_at(unit, 1.0) or 0)
+        if useful and analysis.predict_macs(larger) <= budget:
             sizes = larger
         else:
             open_units.remove(unit)

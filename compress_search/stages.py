@@ -1,0 +1,210 @@
+"""Run a recipe stage by stage: the only stage loop.
+
+A stage's key is the hash of everything that made it: the original model, the data, the seed, its own
+settings, and the key of the stage before. A stage whose key is in the store is not computed again, whichever
+trial, process or study computed it. That one mechanism gives reuse between trials and resume after a crash.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from compress_search.calibration import with_best_batchnorm
+from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
+from compress_search.methods import METHODS
+from compress_search.methods.method import Analysis, Sizes
+from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.profile import profile_model
+from compress_search.progress import Progress
+from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
+from compress_search.results import Reference, StageResult
+from compress_search.selection import SELECTORS
+from compress_search.stage_store import StageStore
+from compress_search.task import Task
+from compress_search.training.fine_tuning import fine_tune
+from compress_search.workspace import Workspace
+
+_STAGE_FORMAT = 1
+"""Part of every key. Raise it when the same settings would give other weights than before."""
+
+AfterStage = Callable[[Stage, StageResult], None]
+
+
+class StageRunner:
+    """Runs recipes on one task.
+
+    Args:
+        task: The user's side.
+        workspace: Where finished stages lie.
+        seed: Fixes the calibration samples and all randomness of fine-tuning.
+        device: Where models run.
+        progress: Where to show the stages.
+    """
+
+    def __init__(
+        self, task: Task, workspace: Workspace, *, seed: int, device: torch.device, progress: Progress
+    ) -> None:
+        self._task = task
+        self._store = StageStore(workspace)
+        self._seed = seed
+        self._progress = progress
+        self._original = task.build_model().to(device)
+        self._example = task.example_input.to(device)
+        self._calibration: dict[int, list[Tensor]] = {}
+
+    @property
+    def reference(self) -> Reference:
+        """The original model's numbers; measured once and stored."""
+        return Reference(self.original.accuracy, self.original.macs, self.original.params)
+
+    @cached_property
+    def original(self) -> StageResult:
+        """The original model as the stage before the first."""
+        key = content_hash(self._identity)
+        return self._store.find(key) or self._finish(
+            key, "original", CompressionPlan(), self._original, started=time.monotonic()
+        )
+
+    def run(self, recipe: Recipe, *, after_stage: AfterStage | None = None) -> tuple[StageResult, ...]:
+        """Run a recipe, reusing every stage that is stored.
+
+        Args:
+            recipe: What to do.
+            after_stage: Called after each stage; what it raises ends the run. Stages that are finished
+                stay stored.
+
+        Returns:
+            One result a stage.
+        """
+        results: list[StageResult] = []
+        before = self.original
+        model: nn.Module | None = None
+        with self._progress.bar("stages", len(recipe.stages)) as advance:
+            for stage in recipe.stages:
+                key = _key(before, stage)
+                stored = self._store.find(key)
+                if stored is None:
+                    model = self._load(before.key) if model is None else model
+                    result, model = self._compute(stage, key, before, model)
+                else:
+                    # The model of a stored stage is read only if a later stage has to be computed.
+                    result, model = dataclasses.replace(stored, reused=True), None
+                results.append(result)
+                note = "reused" if result.reused else f"{result.seconds:.1f} s"
+                advance(
+                    f"{stage.name}, accuracy {result.accuracy:.4f}, mac_ratio {result.mac_ratio:.4f}, {note}"
+                )
+                before = result
+                if after_stage is not None:
+                    after_stage(stage, result)
+        return tuple(results)
+
+    def achieved_ratio(self, stages: Sequence[Stage]) -> float:
+        """The exact MAC ratio, relative to the original, after stages that end with a compressing one.
+
+        The last stage itself is not computed: its sizes are chosen and its MACs predicted. The stages
+        before it are run, or reused.
+
+        Raises:
+            RatioError: The ratio cannot be reached.
+        """
+        *earlier, last = stages
+        assert isinstance(last, Compress)
+        before = self.run(Recipe(tuple(earlier)))[-1] if earlier else self.original
+        stored = self._store.find(_key(before, last))
+        if stored is not None:
+            return stored.mac_ratio
+        analysis, sizes = self._choose_sizes(last, self._load(before.key))
+        return analysis.predict_macs(sizes) / self.original.macs
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        task = self._task
+        calibration = task.train if task.calibration is None else task.calibration
+        return {
+            "format": _STAGE_FORMAT,
+            "model": model_fingerprint(self._original),
+            "train": data_fingerprint(task.train),
+            "validation": data_fingerprint(task.validation),
+            "calibration": data_fingerprint(calibration),
+            "evaluate": _name_of(task.evaluate),
+            "loss": _name_of(task.loss),
+            "seed": self._seed,
+        }
+
+    def _compute(
+        self, stage: Stage, key: str, before: StageResult, model: nn.Module
+    ) -> tuple[StageResult, nn.Module]:
+        started = time.monotonic()
+        plan = self._store.plan(before.key)
+        if isinstance(stage, Compress):
+            analysis, sizes = self._choose_sizes(stage, model)
+            batches = self._calibration_inputs(stage.samples)
+            compressed = analysis.apply(sizes, batches)
+            changed = with_best_batchnorm(compressed.model, model, batches)
+            plan = plan.then(compressed.step)
+        else:
+            changed = copy.deepcopy(model)
+            fine_tune(
+                changed,
+                self._original,
+                self._task,
+                stage,
+                seed=int(key[:8], 16),
+                progress=self._progress,
+            )
+        return self._finish(key, stage.name, plan, changed, started=started), changed
+
+    def _choose_sizes(self, stage: Compress, model: nn.Module) -> tuple[Analysis, Sizes]:
+        analysis = METHODS[stage.method].analyse(model, self._example)
+        return analysis, SELECTORS[stage.selection](analysis, stage.mac_ratio)
+
+    def _finish(
+        self, key: str, name: str, plan: CompressionPlan, model: nn.Module, *, started: float
+    ) -> StageResult:
+        """Measure a model and store it as the outcome of a stage."""
+        profile = profile_model(model, self._example)
+        original_macs = profile.macs if name == "original" else self.original.macs
+        result = StageResult(
+            key=key,
+            name=name,
+            accuracy=self._task.score(model),
+            macs=profile.macs,
+            params=profile.params,
+            mac_ratio=profile.macs / original_macs,
+            seconds=time.monotonic() - started,
+        )
+        self._store.save(result, plan, model)
+        return result
+
+    def _load(self, key: str) -> nn.Module:
+        model = apply_plan(self._original, self._store.plan(key))
+        device = next(self._original.parameters()).device
+        model.load_state_dict(load_file(self._store.weights(key), device=str(device)))
+        return model.eval()
+
+    def _calibration_inputs(self, samples: int) -> list[Tensor]:
+        if samples == 0:
+            return []
+        if samples not in self._calibration:
+            self._calibration[samples] = self._task.calibration_inputs(samples, seed=self._seed)
+        return self._calibration[samples]
+
+
+def _key(before: StageResult, stage: Stage) -> str:
+    return content_hash({"before": before.key, "stage": stage_to_dict(stage)})
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, nn.Module):
+        return repr(function)
+    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -1,0 +1,153 @@
+"""The laws that every method keeps, on every network of the zoo."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress_search.calibration import divergence
+from compress_search.exceptions import ModelError
+from compress_search.fingerprint import model_fingerprint
+from compress_search.methods import METHODS
+from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.profile import profile_model
+from compress_search.selection.uniform import select_uniform
+
+_spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
+zoo = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(zoo)
+
+EXAMPLE = torch.zeros(zoo.EXAMPLE_SHAPE)
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+every_net = pytest.mark.parametrize("net", zoo.ZOO)
+with_and_without_data = pytest.mark.parametrize("samples", [0, 64], ids=["data-free", "data-aware"])
+
+
+def _batches(samples: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(16, *zoo.EXAMPLE_SHAPE[1:], generator=generator) for _ in range(samples // 16)]
+
+
+@every_method
+@every_net
+@with_and_without_data
+def test_half_the_macs(method, net, samples):
+    model = zoo.build(net)
+    fingerprint = model_fingerprint(model)
+    analysis = method.analyse(model, EXAMPLE)
+    sizes = select_uniform(analysis, 0.5)
+    compressed = analysis.apply(sizes, _batches(samples))
+
+    counted = profile_model(compressed.model, EXAMPLE)
+    assert counted.macs == analysis.predict_macs(sizes)
+    assert compressed.step.mac_ratio == counted.macs / analysis.profile.macs
+    assert 0.35 < compressed.step.mac_ratio <= 0.5
+    inputs = torch.randn(2, *zoo.EXAMPLE_SHAPE[1:])
+    with torch.no_grad():
+        outputs = compressed.model(inputs)
+        assert outputs.shape == model(inputs).shape
+    assert torch.isfinite(outputs).all()
+    assert model_fingerprint(model) == fingerprint, "the user's model was changed"
+
+    plan = CompressionPlan((compressed.step,))
+    replayed = apply_plan(model, CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))))
+    replayed.load_state_dict(compressed.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(replayed(inputs), outputs)
+
+
+@every_method
+@every_net
+@with_and_without_data
+def test_full_size_reproduces_the_dense_output(method, net, samples):
+    model = zoo.build(net)
+    analysis = method.analyse(model, EXAMPLE)
+    sizes = {unit.name: unit.full_size for unit in analysis.units}
+    compressed = analysis.apply(sizes, _batches(samples))
+    assert profile_model(compressed.model, EXAMPLE).macs == analysis.predict_macs(sizes)
+    inputs = torch.randn(2, *zoo.EXAMPLE_SHAPE[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(compressed.model(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+
+
+@every_method
+@every_net
+def test_data_helps(method, net):
+    model = zoo.build(net)
+    analysis = method.analyse(model, EXAMPLE)
+    sizes = select_uniform(analysis, 0.5)
+    batches = _batches(256)
+    aware, free = (analysis.apply(sizes, data).model for data in (batches, []))
+    assert divergence(aware, model, batches) < divergence(free, model, batches)
+
+
+@every_method
+@every_net
+def test_every_counted_layer_is_a_unit_s_or_has_a_reason(method, net):
+    analysis = method.analyse(zoo.build(net), EXAMPLE)
+    sized = {layer for unit in analysis.units for layer in unit.layers}
+    assert {layer.name for layer in analysis.profile.layers} == sized | set(analysis.left_alone)
+    assert all(analysis.left_alone.values())
+
+
+@every_method
+@every_net
+def test_sizes_are_monotone_in_the_share(method, net):
+    analysis = method.analyse(zoo.build(net), EXAMPLE)
+    for unit in analysis.units:
+        sizes = [analysis.size_at(unit, share / 20) for share in range(1, 21)]
+        assert sizes == sorted(sizes)
+        assert sizes[0] >= 1 and sizes[-1] <= unit.full_size
+
+
+@every_method
+def test_an_ignored_layer_keeps_its_channels_and_says_so(method):
+    model = zoo.build("Residual")
+    analysis = method.analyse(model, EXAMPLE, ignore=["conv1"])
+    assert analysis.left_alone["conv1"].startswith("you asked")
+    compressed = analysis.apply(select_uniform(analysis, 0.6), []).model
+    assert compressed.conv1.out_channels == model.conv1.out_channels
+
+
+@every_method
+@pytest.mark.parametrize("size", [0, 10_000])
+def test_a_size_that_does_not_fit_is_refused(method, size):
+    analysis = method.analyse(zoo.build("Residual"), EXAMPLE)
+    with pytest.raises(ModelError, match=str(size)):
+        analysis.apply({analysis.units[0].name: size}, [])
+
+
+@every_method
+def test_weights_that_are_not_finite_are_refused(method):
+    model = copy.deepcopy(zoo.build("Residual"))
+    model.stem.weight.data[0] = float("nan")
+    analysis = method.analyse(model, EXAMPLE)
+    with pytest.raises(ModelError, match="not finite"):
+        analysis.apply(select_uniform(analysis, 0.5), _batches(64))
+
+
+@every_method
+def test_training_mode_and_gradients_of_the_users_model_stay(method):
+    model = zoo.build("Residual").train()
+    model.head.weight.requires_grad_(False)
+    analysis = method.analyse(model, EXAMPLE)
+    compressed = analysis.apply(select_uniform(analysis, 0.5), _batches(32)).model
+    assert model.training and model.bn.training
+    assert not model.head.weight.requires_grad
+    assert not compressed.training
+
+
+@every_method
+def test_the_same_data_gives_the_same_model(method):
+    model = zoo.build("Residual")
+    fingerprints = set()
+    for _ in range(2):
+        analysis = method.analyse(model, EXAMPLE)
+        compressed = analysis.apply(select_uniform(analysis, 0.5), _batches(64))
+        fingerprints.add(model_fingerprint(compressed.model))
+    assert len(fingerprints) == 1

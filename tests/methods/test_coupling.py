@@ -1,0 +1,129 @@
+"""Which channels hang together, on networks where the answer can be said by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compress_search.exceptions import ModelError
+from compress_search.methods.coupling import find_coupling, keep_blocks
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def _members(group) -> set[tuple[str, str]]:
+    return {(member.layer, member.side) for member in group.members}
+
+
+def test_a_chain_is_one_group_a_layer_and_the_head_stays():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 2))
+    coupling = find_coupling(model, EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["0", "2"]
+    first, second = coupling.groups
+    assert _members(first) == {("0", "outputs"), ("2", "inputs")}
+    assert first.members[0].blocks == ((0,), (1,), (2,), (3,))
+    # Flattening gives each channel of the convolution 16 features of the linear layer.
+    assert second.consumers[0].blocks[1] == tuple(range(16, 32))
+    assert coupling.reasons == {"4": "it makes the network's output"}
+
+
+class Add(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.one(x) + self.other(x)))).mean(dim=(2, 3))
+
+
+def test_what_is_added_is_removed_together():
+    (group,) = find_coupling(Add(), EXAMPLE).groups
+    assert _members(group) == {
+        ("one", "outputs"),
+        ("other", "outputs"),
+        ("norm", "outputs"),
+        ("head", "inputs"),
+    }
+    assert group.name == "one"
+
+
+class Cat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.one(x), self.other(x)], dim=1))
+
+
+def test_concatenated_channels_are_separate_groups_at_an_offset():
+    model = Cat()
+    one, other = find_coupling(model, EXAMPLE).groups
+    assert one.consumers[0].blocks == ((0,), (1,))
+    assert other.consumers[0].blocks == ((2,), (3,), (4,))
+    edits = {edit.layer: edit for edit in keep_blocks(model, [one, other], {"one": [1], "other": [0, 2]})}
+    assert edits["head"].inputs == (1, 2, 4)
+    assert edits["one"].outputs == (1,) and edits["other"].outputs == (0, 2)
+
+
+class TwoOutputs(nn.Module):
+    """The hidden map is an output as well, so its channels must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        hidden = self.hidden(self.stem(x))
+        return self.head(hidden), hidden
+
+
+def test_channels_that_leave_the_network_stay():
+    coupling = find_coupling(TwoOutputs(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["stem"]
+    assert coupling.reasons["hidden"] == "it makes the network's output"
+
+
+class FixedWidth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.hidden(self.stem(x))
+        return self.head((hidden * torch.ones(1, 4, 1, 1)).mean(dim=(2, 3)))
+
+
+def test_a_network_that_counts_on_a_width_keeps_it_with_the_error_as_reason():
+    coupling = find_coupling(FixedWidth(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["stem"]
+    assert "the network fails (RuntimeError" in coupling.reasons["hidden"]
+
+
+def test_an_ignored_layer_keeps_its_whole_group():
+    coupling = find_coupling(Add(), EXAMPLE, ignore=["other"])
+    assert not coupling.groups
+    assert coupling.reasons["one"] == coupling.reasons["other"] == "you asked to leave other alone"
+
+
+def test_a_model_that_cannot_be_traced_says_why():
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            raise RuntimeError("no forward today")
+
+    with pytest.raises(ModelError, match=r"no forward today.*channel_pruning"):
+        find_coupling(Detached(), EXAMPLE)
+
+
+def test_the_model_is_not_changed():
+    model = Add().train()
+    model.one.weight.requires_grad_(False)
+    find_coupling(model, EXAMPLE)
+    assert model.training and not model.one.weight.requires_grad and model.one.weight.grad is None

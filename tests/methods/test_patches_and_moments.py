@@ -1,0 +1,131 @@
+"""The regression view of layers, against the layers themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from compress_search.calibration import divergence, gram_matrices, reestimated_batchnorm, with_best_batchnorm
+from compress_search.exceptions import ModelError
+from compress_search.patches import input_patches, output_rows, set_weights_from_rows
+
+
+@st.composite
+def convolutions(draw):
+    dimensions = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 2]))
+    pick = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dimensions))  # noqa: E731
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    same = draw(st.booleans())
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+    return kind(
+        2 * groups,
+        3 * groups,
+        pick(1, 3),
+        stride=1 if same else pick(1, 2),
+        padding="same" if same else pick(0, 2),
+        dilation=pick(1, 2),
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+    )
+
+
+# PyTorch says that it pads one side more than the other; that is what is tested.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=60, deadline=None)
+@given(layer=convolutions(), seed=st.integers(0, 10))
+def test_patches_times_weights_are_the_outputs(layer, seed):
+    torch.manual_seed(seed)
+    spatial = len(layer.kernel_size)
+    inputs = torch.randn(2, layer.in_channels, *(7,) * spatial)
+    weights = layer.weight.detach().reshape(layer.groups, layer.out_channels // layer.groups, -1)
+    outputs = input_patches(layer, inputs) @ weights.transpose(1, 2)
+    if layer.bias is not None:
+        outputs = outputs + layer.bias.detach().reshape(layer.groups, 1, -1)
+    torch.testing.assert_close(outputs, output_rows(layer, layer(inputs).detach()), rtol=1e-4, atol=1e-5)
+
+
+def test_linear_rows_on_a_sequence():
+    layer = nn.Linear(4, 3)
+    inputs = torch.randn(2, 5, 4)
+    rows = input_patches(layer, inputs) @ layer.weight.detach().T + layer.bias.detach()
+    torch.testing.assert_close(rows, output_rows(layer, layer(inputs).detach()))
+
+
+def test_weights_written_from_rows_are_read_back():
+    layer = nn.Conv2d(4, 6, 3, groups=2)
+    rows, bias = torch.randn(2, 18, 3), torch.randn(6)
+    set_weights_from_rows(layer, rows, bias)
+    assert torch.equal(layer.weight.detach().reshape(2, 3, 18).transpose(1, 2), rows)
+    assert torch.equal(layer.bias.detach(), bias)
+
+
+def test_patches_of_an_unknown_layer_are_refused():
+    with pytest.raises(ModelError, match="BatchNorm2d"):
+        input_patches(nn.BatchNorm2d(3), torch.randn(1, 3, 4, 4))
+
+
+def test_streamed_gram_equals_the_gram_of_all_rows_at_once(monkeypatch):
+    monkeypatch.setattr("compress_search.calibration._CHUNK_ELEMENTS", 100)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3))
+    batches = [torch.randn(n, 2, 6, 6) for n in (3, 1, 4)]
+    layer = model[2]
+    gram = gram_matrices(model, {"2": lambda inputs: input_patches(layer, inputs)}, batches)["2"][0]
+    rows = input_patches(layer, model[:2](torch.cat(batches)).detach())[0].double()
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_activations_that_are_not_finite_name_the_layer():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
+    model[0].weight.data[0] = float("nan")
+    layer = model[1]
+    with pytest.raises(ModelError, match="layer '1' are not finite"):
+        gram_matrices(model, {"1": lambda inputs: input_patches(layer, inputs)}, [torch.randn(2, 1, 8, 8)])
+
+
+def test_divergence_is_the_kl_divergence_of_the_softmax():
+    reference, model = nn.Linear(3, 4), nn.Linear(3, 4)
+    batches = [torch.randn(5, 3), torch.randn(2, 3)]
+    inputs = torch.cat(batches)
+    p, q = reference(inputs).softmax(1), model(inputs).softmax(1)
+    expected = (p * (p / q).log()).sum(1).mean().detach()
+    assert divergence(model, reference, batches) == pytest.approx(float(expected), rel=1e-4)
+    assert divergence(reference, reference, batches) == 0.0
+
+
+def test_divergence_of_maps_is_the_relative_squared_error():
+    reference, model = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)
+    inputs = torch.randn(4, 1, 6, 6)
+    wanted = reference(inputs)
+    expected = ((model(inputs) - wanted).square().sum() / wanted.square().sum()).detach()
+    assert divergence(model, reference, [inputs]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_reestimated_batchnorm_holds_the_statistics_of_the_data():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval()
+    batches = [torch.randn(8, 1, 6, 6) for _ in range(3)]
+    estimated = reestimated_batchnorm(model, batches)
+    outputs = [model[0](batch).detach() for batch in batches]
+    mean = torch.stack([output.mean(dim=(0, 2, 3)) for output in outputs]).mean(0)
+    torch.testing.assert_close(estimated[1].running_mean, mean)
+    assert estimated[1].momentum == model[1].momentum
+    assert torch.equal(model[1].running_mean, torch.zeros(3))
+
+
+def test_batchnorm_is_reestimated_only_where_that_helps():
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 1, 6, 6) for _ in range(4)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)]
+    untrained = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), *head).eval()
+    reference = reestimated_batchnorm(untrained, batches)
+    assert with_best_batchnorm(reference, reference, batches) is reference
+    off = reestimated_batchnorm(untrained, batches)
+    off[1].running_mean += 5.0
+    mended = with_best_batchnorm(off, reference, batches)
+    assert divergence(mended, reference, batches) < 1e-6 < divergence(off, reference, batches)
+    assert with_best_batchnorm(off, reference, []) is off

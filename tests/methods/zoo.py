@@ -1,0 +1,121 @@
+"""Small networks that hold one difficulty each, for tests that run over every method."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Residual(nn.Module):
+    """Two blocks, the second strided with a 1x1 shortcut; batch norm and in-place ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv4, self.bn4 = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.shortcut = nn.Conv2d(8, 12, 1, stride=2, bias=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.stem(x)))
+        x = self.relu(x + self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        x = self.relu(self.shortcut(x) + self.bn4(self.conv4(self.relu(self.bn3(self.conv3(x))))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class Concatenation(nn.Module):
+    """torch.cat of two branches, functional relu and pooling, flatten into a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 6, 3, padding=1)
+        self.right = nn.Conv2d(3, 10, (3, 5), padding=(1, 2))
+        self.merge = nn.Conv2d(16, 8, 3, padding=1, stride=2)
+        self.hidden = nn.Linear(8 * 16, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([functional.relu(self.left(x)), torch.sigmoid(self.right(x))], dim=1)
+        x = torch.flatten(functional.max_pool2d(functional.relu(self.merge(x)), 2), 1)
+        return self.head(functional.relu(self.hidden(x)))
+
+
+class DepthwiseWithGate(nn.Module):
+    """Inverted residual with a depthwise convolution, PReLU and squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.expand, self.bn1 = nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.depthwise, self.bn2 = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24)
+        self.act = nn.PReLU(24)
+        self.squeeze, self.excite = nn.Conv2d(24, 6, 1), nn.Conv2d(6, 24, 1)
+        self.project, self.bn3 = nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = self.act(self.bn2(self.depthwise(torch.relu(self.bn1(self.expand(x))))))
+        gate = self.excite(torch.relu(self.squeeze(functional.adaptive_avg_pool2d(y, 1))))
+        x = x + self.bn3(self.project(y * gate.sigmoid()))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class Reused(nn.Module):
+    """One convolution used twice, a grouped one, and one registered under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.alias = self.shared
+        self.tail = nn.Conv2d(8, 4, 3, dilation=2, padding="same", padding_mode="circular")
+        self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.shared(x))
+        x = torch.relu(self.alias(x))
+        x = torch.relu(self.grouped(torch.relu(self.tail(x))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class DenseOutput(nn.Module):
+    """A small U-Net whose output is a map; the head's channels are the output's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.down2 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(12, 12, (1, 5), padding=(0, 2))
+        self.up = nn.Conv2d(20, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = functional.relu(self.down1(x))
+        deep = functional.relu(self.middle(functional.relu(self.down2(shallow))))
+        deep = functional.interpolate(deep, scale_factor=2.0)
+        return self.head(functional.relu(self.up(torch.cat([shallow, deep], dim=1))))
+
+
+ZOO: dict[str, type[nn.Module]] = {
+    net.__name__: net for net in (Residual, Concatenation, DepthwiseWithGate, Reused, DenseOutput)
+}
+EXAMPLE_SHAPE = (1, 3, 16, 16)
+
+
+def build(name: str) -> nn.Module:
+    """A network of the zoo with fixed weights and lived-in batch-norm statistics."""
+    torch.manual_seed(0)
+    net = ZOO[name]()
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(8, *EXAMPLE_SHAPE[1:]))
+    return net.eval()
