@@ -1,0 +1,1 @@
+"""The search: everything of the package that knows Optuna."""
