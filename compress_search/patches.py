@@ -47,6 +47,11 @@ def input_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     return rows.reshape(layer.groups, -1, features)
 
 
+def has_patches(model: nn.Module, layer: str) -> bool:
+    """Whether :func:`input_patches` is defined for the layer of that name."""
+    return isinstance(model.get_submodule(layer), (*CONVOLUTIONS, nn.Linear))
+
+
 def output_rows(layer: nn.Module, outputs: Tensor) -> Tensor:
     """Arrange a layer's outputs as the rows that belong to :func:`input_patches`.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.calibration import check_finite, examples_at_a_time, with_ones
+from compress_search.linear_algebra import mean_energy, ridge_cholesky
 from compress_search.patches import input_patches, output_rows, set_weights_from_rows
 from compress_search.profile import inference_mode_of
 
@@ -124,15 +125,13 @@ def ridge_correction(fitted: Moments, held_out: Moments | None) -> Tensor:
 
 
 def _solve(moments: Moments, ridge: float) -> Tensor:
-    diagonal = moments.gram.diagonal(dim1=1, dim2=2)
-    features = diagonal[:, :-1] if moments.has_bias else diagonal
-    pull = (ridge * features.mean(dim=1, keepdim=True)).expand_as(diagonal).clone()
+    gram = moments.gram
     if moments.has_bias:
-        # The bias is not pulled; only kept solvable where all inputs are constant.
-        pull[:, -1] = 1e-9 * diagonal[:, -1]
-    pull = pull.clamp_min(1e-12)
-    factor = torch.linalg.cholesky(moments.gram + torch.diag_embed(pull))
-    return torch.cholesky_solve(moments.cross, factor)
+        # The bias is hardly pulled; only kept solvable where some feature is constant.
+        pull = torch.cat([ridge * mean_energy(gram[:, :-1, :-1]), 1e-6 * gram[:, -1:, -1]], dim=1)
+    else:
+        pull = ridge * mean_energy(gram)
+    return torch.cholesky_solve(moments.cross, ridge_cholesky(gram, pull))
 
 
 def _moments(
@@ -154,6 +153,7 @@ def _moments(
                     target if outputs is None else target.index_select(_channel_axis(layer, target), outputs)
                 )
                 moments = _batch_moments(layer, inputs, kept - output)
+                check_finite(moments.gram, layer=refit.layer)
                 check_finite(moments.cross, layer=refit.layer)
                 sofar = parts[part]
                 parts[part] = moments if sofar is None else sofar + moments

@@ -148,7 +148,7 @@ class Task:
         missing = samples
         with seeded(seed, loader):
             for batch in inputs_of(loader):
-                batches += batch[:missing].split(_CALIBRATION_BATCH)
+                batches += torch.split(batch[:missing], _CALIBRATION_BATCH)
                 missing -= min(missing, len(batch))
                 if missing <= 0:
                     break

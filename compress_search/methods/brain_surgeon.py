@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress_search.linear_algebra import mean_energy, ridge_cholesky
+
 _RIDGE = 1e-4
 """Added to the Gram matrix relative to its mean diagonal; keeps a rank-deficient one invertible."""
 
@@ -78,9 +80,8 @@ class _State:
 
     def __init__(self, consumer: Consumer) -> None:
         covariance = consumer.covariance
-        ridge = (_RIDGE * covariance.diagonal().mean()).clamp_min(1e-12)
-        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge * identity))
+        factor = ridge_cholesky(covariance, _RIDGE * mean_energy(covariance))
+        self._inverse = torch.cholesky_inverse(factor)
         self._weights = consumer.weights.clone()
         self._blocks = consumer.blocks
         energy = (consumer.weights * (covariance @ consumer.weights)).sum()

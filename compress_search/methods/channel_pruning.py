@@ -2,12 +2,13 @@
 
 He, Zhang and Sun 2017, *Channel pruning for accelerating very deep neural networks*: choose channels, then
 reconstruct each consumer by least squares. Deviations: the channels are chosen by the structured optimal
-brain surgeon (in place of LASSO), and any coupling that torch-pruning's graph finds is pruned, residual
-streams included.
+brain surgeon (in place of LASSO); any coupling that torch-pruning's graph finds is pruned, residual streams
+included; and the layers that follow are refitted too.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from compress_search.exceptions import ModelError
 from compress_search.methods.brain_surgeon import Consumer, removal_order
 from compress_search.methods.coupling import CoupledGroup, Coupling, Member, find_coupling, keep_blocks
 from compress_search.methods.method import Compressed, Sizes, Unit
-from compress_search.patches import input_patches
+from compress_search.patches import has_patches, input_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
@@ -39,7 +40,7 @@ class ChannelPruning:
     ) -> ChannelPruningAnalysis:
         """Find the groups of coupled channels that can be pruned."""
         coupling = find_coupling(model, example_input, ignore=ignore)
-        return ChannelPruningAnalysis(model, profile_model(model, example_input), coupling)
+        return ChannelPruningAnalysis(model, profile_model(model, example_input), coupling, frozenset(ignore))
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ChannelPruningAnalysis:
     model: nn.Module
     profile: ModelProfile
     coupling: Coupling
+    ignore: frozenset[str]
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -159,10 +161,13 @@ class ChannelPruningAnalysis:
         return tuple(sorted(scores.topk(size).indices.tolist()))
 
     def _refits(self, groups: Sequence[CoupledGroup], edits: Sequence[KeepChannels]) -> list[Refit]:
+        """The first consumer and all layers after it: consumers lost inputs, the others get changed ones."""
         consumers = {member.layer for group in groups for member in group.consumers}
         outputs = {edit.layer: edit.outputs for edit in edits}
+        layers = itertools.dropwhile(lambda layer: layer.name not in consumers, self.profile.layers)
         return [
             Refit(layer.name, source=layer.name, outputs=outputs.get(layer.name), calls=len(layer.calls))
-            for layer in self.profile.layers
+            for layer in layers
             if layer.name in consumers
+            or (layer.name not in self.ignore and has_patches(self.model, layer.name))
         ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress_search.linear_algebra import mean_energy, ridge_cholesky
+
 _RIDGE = 1e-6
 """Added to the Gram matrix relative to its mean diagonal, so that directions the data does not excite still
 count a little: at full rank the factorisation is then exact for every input."""
@@ -47,11 +49,7 @@ def factorise(matrix: Tensor, gram: Tensor | None = None) -> Factors:
     """
     weighted = matrix
     if gram is not None:
-        ridge = _RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-        lower = torch.linalg.cholesky(
-            gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
-        weighted = lower.T @ matrix
+        weighted = ridge_cholesky(gram, _RIDGE * mean_energy(gram)).T @ matrix
     _, singular, right = torch.linalg.svd(weighted, full_matrices=False)
     left = matrix @ right.T
     scale = left.norm(dim=0).clamp_min(torch.finfo(left.dtype).tiny).sqrt()

@@ -3,8 +3,8 @@
 Jaderberg et al. 2014, *Speeding up convolutional neural networks with low rank expansions*, scheme 2, with
 the output-aware truncation and refit of Zhang et al. 2016, *Accelerating very deep convolutional networks
 for classification and detection*. Deviations: the truncation is weighted by the second moments of the
-layer's vertical input patches (in place of Zhang's response decomposition), and only the horizontal
-factor is refitted.
+layer's vertical input patches (in place of Zhang's response decomposition); of the two factors only
+the horizontal one is refitted; and so are the dense layers that follow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compress_search.calibration import gram_matrices
 from compress_search.exceptions import ModelError
 from compress_search.methods.low_rank import Factors, factorise
 from compress_search.methods.method import Compressed, Sizes, Unit
-from compress_search.patches import input_patches
+from compress_search.patches import has_patches, input_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, Part, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
@@ -97,12 +97,21 @@ class SpatialSVDAnalysis:
             convolution = self._convolution(name)
             factors = factorise(_as_matrix(convolution.weight), grams.get(name)).truncated(sizes[name])
             _write_factors(model.get_submodule(name), convolution, factors)
-        refits = [
-            Refit(f"{name}.{HORIZONTAL}", source=name, calls=len(self.profile.layer(name).calls))
-            for name in names
-        ]
-        refit_in_forward_order(model, self.model, refits, batches)
+        refit_in_forward_order(model, self.model, self._refits(names), batches)
         return Compressed(model, step)
+
+    def _refits(self, names: Sequence[str]) -> list[Refit]:
+        """The horizontal factors, and the dense layers after the first of them: they get other inputs now."""
+        refits: list[Refit] = []
+        for layer in self.profile.layers:
+            if layer.name in names:
+                name = f"{layer.name}.{HORIZONTAL}"
+            elif refits and layer.name not in self.ignore and has_patches(self.model, layer.name):
+                name = layer.name
+            else:
+                continue
+            refits.append(Refit(name, source=layer.name, calls=len(layer.calls)))
+        return refits
 
     def _vertical_grams(self, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """Second moments ``(m h, m h)`` of the patches that each layer's vertical factor sees."""
