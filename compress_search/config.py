@@ -1,4 +1,4 @@
-"""StudyConfig: one YAML file says what a study is; it is read, checked as a whole, and saved resolved.
+"""StudyConfig: one YAML file says what a study is. It is read, checked as a whole, and saved resolved.
 
 Example::
 
@@ -25,10 +25,181 @@ import yaml
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from compress_search.config_reading import build, did_you_mean, read_override, read_yaml, unknown_keys
-from compress_search.exceptions import ConfigError
-from compress_search.recipe import FineTune
+from compress_search.exceptions import ConfigError, TaskError
 from compress_search.search.settings import SearchSettings
 from compress_search.task import Task
-from compress_search.task_loading import load_task, resolve_task
+from compress_search.task_path import load_task, resolve_task_path
 from compress_search.workspace import write_text_atomically
+from compress_search.yaml_settings import apply_overrides, build, parse_yaml, unknown_keys
+
+_SEARCH_KEYS = tuple(item.name for item in dataclasses.fields(SearchSettings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Everything that a command line study is made of.
+
+    In the YAML file the fields of ``search`` stand beside the others, at the top level.
+
+    Attributes:
+        name: What the study is called in the workspace and in the dashboard.
+        task: ``path/to/file.py:function`` (in the YAML file, relative to that file's folder) or
+            ``package.module:function``. The function returns a :class:`~compress_search.task.Task`.
+        search: How to search.
+        task_args: Keyword arguments of the task function.
+        n_trials: Total number of finished trials that the study is to have.
+        max_drop: The largest drop of accuracy that the chosen model may have (0.01 is one point);
+            ``None`` chooses the most accurate one.
+        workspace: Folder of the results, relative to the current one.
+        storage: URL of the database of the study; ``None`` is a SQLite file in the workspace.
+        device: Where to compute, for example ``"cpu"`` or ``"cuda:1"``; ``None`` takes the first GPU
+            if there is one.
+    """
+
+    name: str
+    task: str
+    search: SearchSettings
+    task_args: Mapping[str, Any] = field(default_factory=dict)
+    n_trials: int = 20
+    max_drop: float | None = None
+    workspace: Path = Path("runs")
+    storage: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name) or self.name in ("stages", "study.db"):
+            faults.append(
+                f"name is {self.name!r}; it names a folder of the workspace: use letters, digits and . _ - "
+                "(not 'stages' or 'study.db')."
+            )
+        if self.n_trials < 1:
+            faults.append(f"n_trials is {self.n_trials!r}; it must be 1 or more.")
+        if self.max_drop is not None and not math.isfinite(self.max_drop):
+            faults.append(f"max_drop is {self.max_drop!r}; it must be a number (0.01 is one point), or null.")
+        faults += _device_faults(self.device)
+        if faults:
+            raise ConfigError(faults)
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> StudyConfig:
+        """Read a configuration and check all of it, the task's file included.
+
+        Args:
+            path: The YAML file.
+            overrides: Such as ``"target=0.4"`` or ``"fine_tune.epochs=3"``, stronger than the file.
+
+        Raises:
+            ConfigError: The file cannot be read, or is wrong; every fault is in the message.
+        """
+        path = Path(path)
+        values = _read(path)
+        faults = apply_overrides(values, overrides)
+        own = {item.name for item in dataclasses.fields(cls)} - {"search"}
+        faults += unknown_keys(values, {*own, *_SEARCH_KEYS})
+        _inherit_fine_tune(values)
+        faults += _resolve_places(values, path.parent)
+        search = build(
+            SearchSettings,
+            {key: values[key] for key in _SEARCH_KEYS if key in values},
+            faults,
+            stand_in={"target": 0.5},
+        )
+        config = build(
+            cls,
+            {key: values[key] for key in own if key in values} | {"search": search},
+            faults,
+            stand_in={"name": "unnamed", "task": "module:function", "search": search},
+        )
+        if faults:
+            raise ConfigError(faults, source=str(path))
+        return dataclasses.replace(config, workspace=config.workspace.resolve())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as the YAML file has it, with every default written out."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        search = dataclasses.asdict(values.pop("search"))
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in {
+                **values,
+                "task_args": dict(self.task_args),
+                "workspace": str(self.workspace),
+                **search,
+            }.items()
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the configuration so that :meth:`load` reads the same from any folder."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        write_text_atomically(path, f"# compress-search resume {path.parent}\n{text}")
+
+    def load_task(self) -> Task:
+        """Make the study's task.
+
+        Raises:
+            TaskError: See :func:`compress_search.task_path.load_task`.
+        """
+        return load_task(self.task, self.task_args)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            [f"The file cannot be read: {error}. `compress-search configs ls` lists the shipped ones."],
+            source=str(path),
+        ) from error
+    values = parse_yaml(text, source=str(path))
+    if not isinstance(values, dict):
+        raise ConfigError([f"It holds {values!r:.40}; it must hold lines of key: value."], source=str(path))
+    return values
+
+
+def _inherit_fine_tune(values: dict[str, Any]) -> None:
+    """What ``final_fine_tune`` does not say is as in ``fine_tune``."""
+    first, final = values.get("fine_tune"), values.get("final_fine_tune")
+    if isinstance(first, dict) and isinstance(final, dict):
+        values["final_fine_tune"] = first | final
+
+
+def _resolve_places(values: dict[str, Any], folder: Path) -> list[str]:
+    """Make the task's file and a SQLite file absolute, in place; return what is wrong with them."""
+    faults = []
+    task, storage = values.get("task"), values.get("storage")
+    if isinstance(task, str):
+        try:
+            values["task"] = resolve_task_path(task, folder)
+        except TaskError as error:
+            faults.append(str(error))
+    if isinstance(storage, str):
+        try:
+            values["storage"] = _absolute_sqlite(storage)
+        except ArgumentError:
+            # The value is not shown: it may hold a password.
+            faults.append("storage is not the URL of a database; write, for example, sqlite:///studies.db.")
+    return faults
+
+
+def _absolute_sqlite(storage: str) -> str:
+    url = make_url(storage)
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return storage
+    assert url.database is not None
+    return url.set(database=str(Path(url.database).resolve())).render_as_string(hide_password=False)
+
+
+def _device_faults(device: str | None) -> list[str]:
+    if device is None:
+        return []
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        return [f"device is {device!r}; it must be, for example, cpu, cuda or cuda:1."]
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        return [
+            f"device is {device!r}, but PyTorch sees {count} CUDA devices here. Use cpu, or leave it out."
+        ]
+    return []

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compress_search.config import StudyConfig
+from compress_search.exceptions import ConfigError
+from compress_search.recipe import FineTune
+
+Write = Callable[[str], Path]
+
+MINIMAL = "name: small\ntask: own.py:make\ntarget: 0.5\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    (tmp_path / "own.py").write_text("def make():\n    return None\n")
+
+    def write(text: str) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def faults_of(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        StudyConfig.load(path, overrides)
+    return caught.value.faults
+
+
+def test_what_is_not_said_has_the_default(write: Write, tmp_path: Path) -> None:
+    config = StudyConfig.load(write(MINIMAL))
+    assert config.search.target == 0.5
+    assert config.search.fine_tune == FineTune()
+    assert config.search.final_fine_tune is None
+    assert config.task == f"{tmp_path / 'own.py'}:make"
+
+
+def test_settings_are_read_with_their_types(write: Write) -> None:
+    text = "methods: [spatial_svd]\nmax_drop: 1e-2\nstep: .1\n"
+    text += "fine_tune: {epochs: 3, lr: 1e-3, weight_decay: 0}\n"
+    config = StudyConfig.load(write(MINIMAL + text))
+    assert config.search.methods == ("spatial_svd",)
+    assert config.search.fine_tune == FineTune(epochs=3, lr=0.001, weight_decay=0.0)
+    assert isinstance(config.search.fine_tune.weight_decay, float)
+    assert (config.max_drop, config.search.step) == (0.01, 0.1)
+
+
+def test_the_final_fine_tuning_inherits_what_it_does_not_say(write: Write) -> None:
+    text = "fine_tune: {epochs: 3, lr: 0.01}\nfinal_fine_tune: {epochs: 8}\n"
+    config = StudyConfig.load(write(MINIMAL + text))
+    assert config.search.final_fine_tune == FineTune(epochs=8, lr=0.01)
+
+
+def test_overrides_are_stronger_than_the_file(write: Write) -> None:
+    path = write(MINIMAL + "fine_tune: {epochs: 3, lr: 0.01}\n")
+    config = StudyConfig.load(
+        path, ["target=0.4", "fine_tune.epochs=5", "final_fine_tune.epochs=9", "methods=[channel_pruning]"]
+    )
+    assert config.search.target == 0.4
+    assert config.search.fine_tune == FineTune(epochs=5, lr=0.01)
+    assert config.search.final_fine_tune == FineTune(epochs=9, lr=0.01)
+    assert config.search.methods == ("channel_pruning",)
+
+
+def test_task_arguments_pass_through(write: Write) -> None:
+    config = StudyConfig.load(write(MINIMAL + "task_args: {width: 16}\n"), ["task_args.rate=1e-2"])
+    assert config.task_args == {"width": 16, "rate": 0.01}
+
+
+def test_all_faults_are_reported_together(write: Write) -> None:
+    text = (
+        "name: a/b\ntask: gone.py:make\ntarget: 1.5\ntolerence: 0.1\nn_trials: many\nmax_drop: .nan\n"
+        "fine_tune: {epoch: 3, lr: -1, momentum: '0.9'}\nmethods: [spatial_sdv]\nsampler: 3\n"
+    )
+    faults = "\n".join(faults_of(write(text), "seed", "device=warp"))
+    for fault in (
+        "'seed' does not read key=value; write, for example, fine_tune.epochs=3.",
+        "tolerence is not a known key; did you mean tolerance?",
+        "fine_tune.epoch is not a known key; did you mean fine_tune.epochs?",
+        "fine_tune.lr is -1.0; it must be a positive number.",
+        "fine_tune.momentum is '0.9'; it must be a number. Remove the quotes.",
+        "sampler is 3; it must be a text.",
+        "target is 1.5; it must be in (0, 1)",
+        "methods names 'spatial_sdv', which does not exist. Did you mean 'spatial_svd'?",
+        "n_trials is 'many'; it must be a whole number.",
+        "name is 'a/b'; it names a folder of the workspace",
+        "max_drop is nan; it must be a number",
+        "device is 'warp'; it must be, for example, cpu",
+        "there is no file",
+    ):
+        assert fault in faults
+
+
+def test_missing_keys_are_named(write: Write) -> None:
+    assert faults_of(write("tolerance: 0.05\n")) == (
+        "target is missing.",
+        "name is missing.",
+        "task is missing.",
+    )
+
+
+def test_a_missing_target_does_not_hide_other_faults(write: Write) -> None:
+    faults = faults_of(write("name: small\ntask: own.py:make\nstep: 7\n"))
+    assert faults[0] == "target is missing."
+    assert faults[1].startswith("step is 7")
+
+
+@pytest.mark.parametrize(
+    "target", ["0", "1", "-0.3", "1.2", ".nan", ".inf", "true", "'0.5'", "[0.3]", "null"]
+)
+def test_a_target_outside_0_1_is_refused(write: Write, target: str) -> None:
+    faults = faults_of(write(MINIMAL), f"target={target}")
+    assert any(fault.startswith("target is") for fault in faults)
+
+
+@pytest.mark.parametrize("tolerance", ["0", "-0.1", "1.0", "5"])
+def test_a_tolerance_without_room_is_refused(write: Write, tolerance: str) -> None:
+    assert "tolerance is" in faults_of(write(MINIMAL), f"tolerance={tolerance}")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("name: small\ntarget: [0.5\ntask: x", "line 3, column 5"),
+        ("name: small\nname: other\n", "line 2, column 1: the key 'name' is given twice."),
+        ("just words", "It holds 'just words'; it must hold lines of key: value."),
+        ("", "It holds None; it must hold lines of key: value."),
+        ("name: &a [*a, *b]", "line 1, column 15"),
+    ],
+)
+def test_what_is_not_a_yaml_mapping_is_refused(write: Write, text: str, fault: str) -> None:
+    assert fault in faults_of(write(text))[0]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert "No such file or directory" in faults_of(tmp_path / "study.yaml")[0]
+
+
+def test_an_override_that_is_not_yaml_is_named(write: Write) -> None:
+    assert faults_of(write(MINIMAL), "methods=[a")[0].startswith("'methods=[a': line 1")
+
+
+def test_a_storage_that_is_not_a_url_is_not_shown(write: Write) -> None:
+    faults = faults_of(write(MINIMAL), "storage=me:secret@host")
+    assert faults[0].startswith("storage is not the URL of a database")
+    assert "secret" not in faults[0]
+
+
+def test_a_saved_configuration_reads_the_same_from_elsewhere(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "fine_tune: {epochs: 3, lr: 1e-5}\nstorage: sqlite:///own.db\ntask_args: {width: 16, name: 'é'}\n"
+    config = StudyConfig.load(write(MINIMAL + text))
+    config.save(tmp_path / "runs" / "small" / "config.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert StudyConfig.load(tmp_path / "runs" / "small" / "config.yaml") == config
+
+
+def test_a_saved_configuration_has_every_value(write: Write, tmp_path: Path) -> None:
+    config = StudyConfig.load(write(MINIMAL))
+    config.save(tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert text.startswith("# compress-search resume ")
+    assert yaml.safe_load(text)["fine_tune"]["temperature"] == FineTune().temperature
+    assert yaml.safe_load(text)["tolerance"] == config.search.tolerance
+
+
+def test_the_workspace_is_relative_to_the_current_folder(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert StudyConfig.load(write(MINIMAL)).workspace == tmp_path / "here" / "runs"
+
+
+@pytest.mark.parametrize("name", ["stages", "study.db", "../up", "", ".hidden", "a b"])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(write: Write, name: str) -> None:
+    assert faults_of(write(MINIMAL), f"name='{name}'")[0].startswith(f"name is {name!r}")
