@@ -11,9 +11,11 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from compress_search.fingerprint import content_hash
 from compress_search.plan import CompressionPlan
 from compress_search.results import StageResult
 from compress_search.training.checkpoint import file_checksum, save_weights
@@ -63,8 +65,11 @@ class StageStore:
         with new_folder(self.folder(result.key)) as folder:
             plan.save(folder / PLAN)
             save_weights(model, folder / WEIGHTS)
-            checksums = {name: file_checksum(folder / name) for name in (PLAN, WEIGHTS)}
-            write_json_atomically(folder / RESULT, {"result": result.to_dict(), "sha256": checksums})
+            stored: dict[str, Any] = {
+                "result": result.to_dict(),
+                "sha256": {name: file_checksum(folder / name) for name in (PLAN, WEIGHTS)},
+            }
+            write_json_atomically(folder / RESULT, stored | {"checksum": content_hash(stored)})
 
     def plan(self, key: str) -> CompressionPlan:
         """Read the plan of a finished stage."""
@@ -79,7 +84,8 @@ def _fault_of(folder: Path) -> str | None:
     """What is wrong with a stage's files, if anything."""
     try:
         stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        StageResult.from_dict(stored["result"])
+        if stored.pop("checksum") != content_hash(stored):
+            return f"{RESULT} does not have the checksum it was written with"
         for name, wanted in stored["sha256"].items():
             if file_checksum(folder / name) != wanted:
                 return f"{name} does not have the checksum it was written with"

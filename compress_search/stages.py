@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress_search.calibration import with_best_batchnorm
@@ -30,6 +29,7 @@ from compress_search.results import Reference, StageResult
 from compress_search.selection import SELECTORS
 from compress_search.stage_store import StageStore
 from compress_search.task import Task
+from compress_search.training.checkpoint import load_weights
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.workspace import Workspace
 
@@ -188,8 +188,7 @@ class StageRunner:
 
     def _load(self, key: str) -> nn.Module:
         model = apply_plan(self._original, self._store.plan(key))
-        device = next(self._original.parameters()).device
-        model.load_state_dict(load_file(self._store.weights(key), device=str(device)))
+        load_weights(model, self._store.weights(key))
         return model.eval()
 
     def _calibration_inputs(self, samples: int) -> list[Tensor]:

@@ -1,0 +1,179 @@
+"""The stage loop: reuse, resume, and what is done with damaged files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from compress_search.fingerprint import model_fingerprint
+from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.profile import profile_model
+from compress_search.progress import Progress
+from compress_search.recipe import Compress, FineTune, Recipe
+from compress_search.stages import StageRunner
+from compress_search.task import Task
+from compress_search.training.checkpoint import load_weights
+from compress_search.workspace import Workspace
+
+RECIPE = Recipe(
+    (
+        Compress(method="spatial_svd", mac_ratio=0.8, samples=32),
+        FineTune(epochs=1, lr=0.01),
+        Compress(method="channel_pruning", mac_ratio=0.7, samples=32),
+        FineTune(epochs=1, lr=0.02),
+    )
+)
+
+
+@pytest.fixture
+def task() -> Task:
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 4
+    batches = list(zip(inputs.split(16), labels.split(16), strict=True))
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 4),
+    )
+    return Task(model=net, example_input=inputs[:1], train=batches, validation=batches)
+
+
+@pytest.fixture
+def runner(task, tmp_path):
+    def make(folder="work", task=task, seed=0):
+        workspace = Workspace(tmp_path / folder).prepare()
+        return StageRunner(task, workspace, seed=seed, device=torch.device("cpu"), progress=Progress())
+
+    return make
+
+
+def test_a_recipe_leaves_one_stored_stage_each(runner, task, tmp_path):
+    before = model_fingerprint(task.model)
+    results = runner().run(RECIPE)
+    assert [result.name for result in results] == ["spatial_svd", "fine_tune", "channel_pruning", "fine_tune"]
+    assert not any(result.reused for result in results)
+    original = profile_model(task.model, task.example_input)
+    for result in results:
+        folder = tmp_path / "work" / "stages" / result.key
+        model = apply_plan(task.build_model(), CompressionPlan.load(folder / "plan.json"))
+        load_weights(model, folder / "weights.safetensors")
+        profile = profile_model(model, task.example_input)
+        assert (profile.macs, profile.params) == (result.macs, result.params)
+        assert result.mac_ratio == profile.macs / original.macs
+        assert task.score(model) == result.accuracy
+    assert results[0].mac_ratio == results[1].mac_ratio <= 0.8
+    assert results[3].mac_ratio <= 0.7 * results[1].mac_ratio
+    assert model_fingerprint(task.model) == before
+
+
+def test_finished_stages_are_reused_by_any_later_run(runner):
+    first = runner().run(RECIPE)
+    again = runner().run(RECIPE)
+    assert all(result.reused for result in again)
+    assert [dataclasses.replace(result, reused=False) for result in again] == list(first)
+    other_end = Recipe((*RECIPE.stages[:3], FineTune(epochs=1, lr=0.05)))
+    assert [result.reused for result in runner().run(other_end)] == [True, True, True, False]
+
+
+def test_a_rerun_elsewhere_gives_the_same_bits(runner, tmp_path):
+    keys = [runner(folder).run(RECIPE)[-1].key for folder in ("one", "two")]
+    assert keys[0] == keys[1]
+    weights = [
+        (tmp_path / folder / "stages" / keys[0] / "weights.safetensors").read_bytes()
+        for folder in ("one", "two")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(runner):
+    class Stop(Exception):
+        pass
+
+    def stop(stage, result):
+        if result.name == "channel_pruning":
+            raise Stop
+
+    with pytest.raises(Stop):
+        runner().run(RECIPE, after_stage=stop)
+    resumed = runner().run(RECIPE)
+    assert [result.reused for result in resumed] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"task": "evaluate"},
+        {"task": "validation"},
+        {"task": "model"},
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_outcome_changes_the_key(runner, task, other):
+    changed = {
+        "evaluate": lambda: dataclasses.replace(task, evaluate=lambda model, loader: 0.5),
+        "validation": lambda: dataclasses.replace(task, validation=task.validation[1:]),
+        "model": lambda: dataclasses.replace(task, model=_nudged(task.model)),
+    }
+    settings = {"task": changed[other["task"]]()} if "task" in other else other
+    assert runner(**settings).original.key != runner().original.key
+
+
+def _nudged(model: nn.Module) -> nn.Module:
+    import copy
+
+    nudged = copy.deepcopy(model)
+    with torch.no_grad():
+        nudged[0].bias[0] += 1e-3
+    return nudged
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "plan.json", "result.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_stage_is_set_aside_and_computed_again(runner, tmp_path, caplog, file, damage):
+    short = Recipe(RECIPE.stages[:2])
+    first = runner().run(short)
+    path = tmp_path / "work" / "stages" / first[1].key / file
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes(content[:middle] if damage == "truncated" else flipped)
+    with caplog.at_level(logging.WARNING):
+        again = runner().run(short)
+    assert "damaged" in caplog.text and first[1].key in caplog.text
+    assert [result.reused for result in again] == [True, False]
+    assert again[1].accuracy == first[1].accuracy
+    assert list(path.parent.parent.glob(f"{first[1].key}.damaged-*"))
+
+
+def test_the_achieved_ratio_is_known_before_the_stage_runs(runner):
+    one = runner()
+    predicted = one.achieved_ratio(RECIPE.stages[:1])
+    assert not (one.run(Recipe(RECIPE.stages[:1]))[0].reused)
+    assert one.run(Recipe(RECIPE.stages[:1]))[0].mac_ratio == predicted
+    assert one.achieved_ratio(RECIPE.stages[:1]) == predicted
+    assert one.achieved_ratio(RECIPE.stages[:3]) == one.run(RECIPE)[2].mac_ratio
+
+
+def test_the_reference_is_measured_once(runner, task):
+    calls = []
+
+    def evaluate(model, loader):
+        calls.append(model)
+        return 0.25
+
+    counted = dataclasses.replace(task, evaluate=evaluate)
+    assert runner(task=counted).reference.accuracy == 0.25
+    assert runner(task=counted).reference.accuracy == 0.25
+    assert len(calls) == 1
