@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compress_search.exceptions import ConfigError
@@ -43,7 +43,7 @@ class SearchSettings:
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning")
     selection: str = "uniform"
     samples: int = 512
-    fine_tune: FineTune = FineTune()
+    fine_tune: FineTune = field(default_factory=FineTune)
     final_fine_tune: FineTune | None = None
     step: float = 0.05
     max_drop_after_ssvd: float | None = None
