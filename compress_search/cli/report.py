@@ -1,0 +1,28 @@
+"""``compress-search report``: write a study's report again."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from compress_search.cli.study_argument import add_study_argument, find_study
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "report",
+        help="write the report, the plots and the table of all trials",
+        description="Write report.html, front.html, front.png and candidates.csv into the study's folder, "
+        "from what is finished so far.",
+        epilog="Example: compress-search report runs/digits",
+    )
+    add_study_argument(parser)
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the report."""
+    files = find_study(args).open().report()
+    print("\n".join(str(path) for path in (files.page, files.plot, files.picture, files.table)))
+    return 0

@@ -1,0 +1,34 @@
+"""``compress-search resume``: go on with a study after anything that stopped it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from compress_search.cli.study_argument import add_study_argument, find_study
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "resume",
+        help="go on with a study that was interrupted, or raise its number of trials",
+        description="Go on with a study up to its total number of finished trials. Finished stages are not "
+        "computed again; a study that has all its trials only answers again.",
+        epilog="Example: compress-search resume digits --n-trials 30",
+    )
+    add_study_argument(parser)
+    parser.add_argument("--n-trials", type=int, metavar="N", help="a new total number of finished trials")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Resume the study."""
+    place = find_study(args)
+    from compress_search.cli.session import search_and_answer
+
+    config = place.config()
+    if args.n_trials is not None:
+        config = dataclasses.replace(config, n_trials=args.n_trials)
+    return search_and_answer(config)

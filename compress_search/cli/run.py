@@ -1,0 +1,32 @@
+"""``compress-search run``: a study from its configuration to its answer."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "run",
+        help="search, then report and export; continues the study if it was begun",
+        description="Run the study of a configuration up to its n_trials, then print the front, test the "
+        "chosen model, and write the report and the exported model.",
+        epilog="Example: compress-search run configs/digits.yaml target=0.4 fine_tune.epochs=6",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; `compress-search configs ls` lists some")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a value of the file: fine_tune.epochs=6"
+    )
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the study."""
+    from compress_search.config import StudyConfig
+
+    config = StudyConfig.load(args.config, args.overrides)
+    from compress_search.cli.session import search_and_answer
+
+    return search_and_answer(config)

@@ -1,0 +1,116 @@
+"""The STUDY argument that most commands take: a name in the workspace, or a study's folder."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress_search.exceptions import StudyError
+
+if TYPE_CHECKING:
+    from compress_search.config import StudyConfig
+    from compress_search.search.study import CompressionStudy
+    from compress_search.task import Task
+
+WORKSPACE_VARIABLE = "COMPRESS_SEARCH_WORKSPACE"
+
+
+@dataclass(frozen=True)
+class StudyPlace:
+    """Where a study lies.
+
+    Attributes:
+        folder: The study's own folder; its parent is the workspace.
+        storage: URL of its database if the command line named one.
+    """
+
+    folder: Path
+    storage: str | None
+
+    @property
+    def has_config(self) -> bool:
+        """Whether the study was made by ``compress-search run``, so that its task can be made again."""
+        return (self.folder / "config.yaml").is_file()
+
+    def config(self) -> StudyConfig:
+        """Read the configuration that ``compress-search run`` saved.
+
+        Raises:
+            StudyError: The study was made from Python.
+            ConfigError: The file was changed, and is wrong now.
+        """
+        import dataclasses
+
+        from compress_search.config import StudyConfig
+
+        if not self.has_config:
+            raise StudyError(
+                f"The study {self.folder.name!r} was made from Python: {str(self.folder)!r} has no "
+                "config.yaml, so its model and data are not known here. Do this from Python: "
+                f'load_study("{self.folder.name}", task, workspace="{self.folder.parent}").'
+            )
+        config = StudyConfig.load(self.folder / "config.yaml")
+        # The folder may have been moved since the configuration was saved.
+        return dataclasses.replace(
+            config, workspace=self.folder.parent, storage=self.storage or config.storage
+        )
+
+    def open(self, task: Task | None = None) -> CompressionStudy:
+        """Open the study.
+
+        Args:
+            task: Its task, for what needs the model or the data.
+
+        Raises:
+            StudyError: The database has no such study.
+        """
+        from compress_search.search.study import load_study
+
+        storage = self.config().storage if self.has_config else self.storage
+        return load_study(self.folder.name, task, workspace=self.folder.parent, storage=storage)
+
+
+def add_study_argument(parser: argparse.ArgumentParser) -> None:
+    """Add STUDY and the options that say where to look for it."""
+    parser.add_argument("study", metavar="STUDY", help="a study's name, or its folder (runs/digits)")
+    parser.add_argument(
+        "--workspace",
+        metavar="DIR",
+        default=os.environ.get(WORKSPACE_VARIABLE, "runs"),
+        help=f"where studies are looked up by name (default: ${WORKSPACE_VARIABLE}, else runs)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="the study's database, if it is neither the workspace's nor configured",
+    )
+
+
+def find_study(args: argparse.Namespace) -> StudyPlace:
+    """Find the study that the command line names.
+
+    Raises:
+        StudyError: There is no such folder; the nearest names are in the message.
+    """
+    given = Path(args.study)
+    folder = given if len(given.parts) > 1 else Path(args.workspace) / given
+    if not folder.is_dir():
+        raise StudyError(_not_found(folder))
+    return StudyPlace(folder.resolve(), args.storage)
+
+
+def _not_found(folder: Path) -> str:
+    workspace = folder.parent
+    if not workspace.is_dir():
+        return (
+            f"There is no study {folder.name!r}: the workspace {str(workspace)!r} does not exist "
+            f"in {str(Path.cwd())!r}. Name it: --workspace DIR."
+        )
+    there = sorted(p.name for p in workspace.iterdir() if p.is_dir() and p.name != "stages")
+    near = difflib.get_close_matches(folder.name, there, n=1)
+    remedy = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(there) or 'no study'}."
+    return f"There is no study {folder.name!r} in the workspace {str(workspace)!r}. {remedy}"

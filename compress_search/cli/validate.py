@@ -1,0 +1,71 @@
+"""``compress-search validate``: everything that can be checked before any work starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress_search.methods.method import Analysis
+    from compress_search.profile import ModelProfile
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "validate",
+        help="check a configuration, its task and its model; start nothing",
+        description="Check the configuration, import the task, run the model once, evaluate it once, and "
+        "show what each method can compress. No study is created and nothing is written.",
+        epilog="Example: compress-search validate configs/digits.yaml target=0.3",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a value of the file: fine_tune.epochs=6"
+    )
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, and print the model's profile."""
+    from compress_search.cli.log import logging_to_terminal
+    from compress_search.config import StudyConfig
+    from compress_search.methods import METHODS
+    from compress_search.profile import profile_model
+
+    config = StudyConfig.load(args.config, args.overrides)
+    with logging_to_terminal():
+        task = config.load_task()
+        model = task.build_model()
+        task.check(model, config.torch_device())
+        profile = profile_model(model, task.example_input, warn=True)
+        analyses = {name: METHODS[name].analyse(model, task.example_input) for name in config.search.methods}
+        accuracy = task.score(model)
+    print(f"{args.config} is sound. Task {task.name!r}: validation accuracy {100 * accuracy:.2f} %, ", end="")
+    print(f"{profile.macs:,} MACs, {profile.params:,} parameters.\n")
+    print(_table(_layer_rows(profile)))
+    for name, analysis in analyses.items():
+        print(f"\n{name} can size:\n{_table(_unit_rows(analysis))}")
+        for layer, reason in analysis.left_alone.items():
+            print(f"It leaves {layer} alone: {reason}")
+    return 0
+
+
+def _layer_rows(profile: ModelProfile) -> list[list[str]]:
+    rows = [["layer", "kind", "weight", "MACs", "% of all"]]
+    for layer in profile.layers:
+        shape, share = "x".join(map(str, layer.weight_shape)), layer.macs / profile.macs
+        rows.append([layer.name, layer.kind, shape, f"{layer.macs:,}", f"{100 * share:.1f}"])
+    return rows
+
+
+def _unit_rows(analysis: Analysis) -> list[list[str]]:
+    rows = [["unit", "full size", "layers it makes cheaper"]]
+    return rows + [[unit.name, str(unit.full_size), ", ".join(unit.layers)] for unit in analysis.units]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
