@@ -1,0 +1,1 @@
+"""Training a compressed model on, and keeping its weights."""

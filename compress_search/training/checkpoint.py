@@ -1,0 +1,86 @@
+"""Weights on the disk: safetensors files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compress_search.exceptions import ModelError, WorkspaceError
+
+
+def save_weights(model: nn.Module, path: Path | str) -> None:
+    """Write a model's parameters and buffers as a safetensors file, flushed to the disk.
+
+    Tied tensors are written once under each of their names, so that
+    ``model.load_state_dict(safetensors.torch.load_file(path))`` reads the file without knowing of ties.
+
+    Args:
+        model: The model, on any device.
+        path: The file. Its folder is created.
+
+    Raises:
+        ModelError: The model's state holds something that is not a tensor.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(_state_of(model), temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Read what :func:`save_weights` wrote into a model of the same architecture, in place.
+
+    Args:
+        model: The model; its tensors stay on their devices.
+        path: The file.
+
+    Raises:
+        WorkspaceError: The file cannot be read.
+        ModelError: The weights are those of another architecture.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WorkspaceError(
+            f"The weights {str(path)!r} cannot be read ({error}). Delete the file, and it is made again."
+        ) from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(
+            f"The weights {str(path)!r} do not fit {type(model).__name__}: {error}. "
+            "They were saved from another architecture: delete the file, or use another path."
+        ) from error
+
+
+def file_checksum(path: Path | str) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"The state of {type(model).__name__} holds {name!r}, a {type(value).__name__}. "
+                "Only tensors can be stored: keep it out of the state_dict."
+            )
+    # safetensors refuses tensors that share memory or are not contiguous; fresh copies are neither.
+    return {
+        name: tensor.detach().to("cpu", copy=True).clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
