@@ -1,15 +1,129 @@
-"""Samplers: how the next point is proposed. One line of a table each."""
+"""Samplers: how the next point is proposed.
+
+:data:`SAMPLERS` has one line a sampler. Each is used through :class:`ReproducibleSampler`, which makes what
+it proposes depend on the seed and on the finished trials alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import hashlib
+from collections.abc import Callable, Container, Mapping
+from typing import Any, cast
 
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from compress_search.search.history import proposal_indices
 
 SamplerFactory = Callable[[int], BaseSampler]
 """Makes a sampler from a seed in [0, 2**32)."""
 
 SAMPLERS: Mapping[str, SamplerFactory] = {
+    # The ranges differ from trial to trial, so that a multivariate TPE would sample each alone anyway.
     "tpe": lambda seed: TPESampler(seed=seed),
     "random": lambda seed: RandomSampler(seed=seed),
 }
+
+_DIGITS = 10
+_VALUABLE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class ReproducibleSampler(BaseSampler):
+    """Proposes the same points whether or not a study was interrupted.
+
+    The state of a sampler is not in the storage, and a trial that was interrupted comes back under a later
+    number. So a new inner sampler is made for each value, seeded from the study's seed, the index of the
+    proposal and the variable; and it sees the trials in the order in which they were proposed.
+
+    Args:
+        make: Makes the inner sampler.
+        seed: The study's seed.
+    """
+
+    def __init__(self, make: SamplerFactory, seed: int) -> None:
+        self._make = make
+        self._seed = seed
+        self._relative: BaseSampler | None = None
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Ask the inner sampler which variables it samples together."""
+        view, trial = _as_proposed(study, trial)
+        self._relative = self._seeded_for(trial, "")
+        return self._relative.infer_relative_search_space(view, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Sample the variables that the inner sampler samples together."""
+        assert self._relative is not None
+        view, trial = _as_proposed(study, trial)
+        values = self._relative.sample_relative(view, trial, search_space)
+        return {name: _tidy(value, search_space[name]) for name, value in values.items()}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Sample one variable."""
+        view, trial = _as_proposed(study, trial)
+        inner = self._seeded_for(trial, param_name)
+        return _tidy(
+            inner.sample_independent(view, trial, param_name, param_distribution), param_distribution
+        )
+
+    def _seeded_for(self, trial: FrozenTrial, variable: str) -> BaseSampler:
+        digest = hashlib.sha256(f"{self._seed}/{trial.number}/{variable}".encode()).digest()
+        return self._make(int.from_bytes(digest[:4]))
+
+
+class _StudyAsProposed:
+    """A study whose trials are numbered by proposal, without those that were replaced by a retry."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        # The cache is Optuna's for one trial; only its own ask() empties it.
+        trials = self._study.get_trials(deepcopy=deepcopy)
+        indices = proposal_indices(trials)
+        proposed = {}
+        for trial in sorted(trials, key=lambda t: (t.state in _VALUABLE, t.number)):
+            proposed[indices[trial.number]] = trial
+        renumbered = [_with_number(trial, index) for index, trial in sorted(proposed.items())]
+        return [trial for trial in renumbered if states is None or trial.state in states]
+
+
+def _as_proposed(study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
+    index = proposal_indices(study.get_trials(deepcopy=False))[trial.number]
+    return cast("optuna.Study", _StudyAsProposed(study)), _with_number(trial, index)
+
+
+def _with_number(trial: FrozenTrial, number: int) -> FrozenTrial:
+    if trial.number == number:
+        return trial
+    renumbered = copy.copy(trial)
+    renumbered.number = number
+    return renumbered
+
+
+def _tidy(value: Any, distribution: BaseDistribution) -> Any:
+    """Cut the noise of binary fractions: 0.63, not 0.6300000000000001."""
+    if not isinstance(distribution, FloatDistribution):
+        return value
+    return min(max(round(value, _DIGITS), distribution.low), distribution.high)

@@ -1,0 +1,67 @@
+"""What a study's trials say about themselves, and which of them count.
+
+A trial that was interrupted is failed and queued again as a new trial, its *retry*, which reuses the stages
+that were finished. So one proposal can have several trials, of which only the last counts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+
+ANCHOR = "anchor"
+"""User attribute: label of the anchor that the trial is."""
+WORKER = "worker"
+"""User attribute: host, process id and process start of who runs the trial."""
+INTERRUPTED = "interrupted"
+"""User attribute of a trial that was stopped from outside: ``"died"`` or ``"stopped"``."""
+REASON = "reason"
+"""User attribute: why the trial was pruned or failed, in words."""
+TRACEBACK = "traceback"
+"""User attribute: the last lines of the traceback of a failed trial."""
+RETRY_OF = "retry_of"
+"""User attribute of a retry: the number of the trial that it stands in for."""
+RETRIES = "retries"
+"""User attribute of a retry: how many retries in a row died without finishing a stage more."""
+STAGES_BEFORE = "stages_before"
+"""User attribute of a retry: how many stages the trial that it stands in for had finished."""
+DUPLICATE_OF = "duplicate_of"
+"""User attribute of a retry that another one, with this number, made needless."""
+STAGES = "stages"
+"""User attribute: the finished stages, as JSON-able values."""
+
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def finished_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that count towards a study's total: complete, pruned or failed, and not replaced."""
+    return [trial for trial in current_trials(trials) if trial.state in _ENDED]
+
+
+def current_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials without those that a retry stands in for, and without needless retries."""
+    trials = list(trials)
+    replaced = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+    return [t for t in trials if t.number not in replaced and DUPLICATE_OF not in t.user_attrs]
+
+
+def proposal_indices(trials: Sequence[FrozenTrial]) -> dict[int, int]:
+    """Number the proposals of a study as if nothing had ever been interrupted.
+
+    Args:
+        trials: All trials of the study.
+
+    Returns:
+        The proposal's index by trial number. A retry has the index of the trial that it stands in for.
+    """
+    retry_of = {t.number: t.user_attrs[RETRY_OF] for t in trials if RETRY_OF in t.user_attrs}
+    retries = sorted(retry_of)
+    indices = {}
+    for trial in trials:
+        first = trial.number
+        while first in retry_of:
+            first = retry_of[first]
+        indices[trial.number] = first - bisect_left(retries, first)
+    return indices
