@@ -20,12 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress_search.exceptions import PlanError
+from compress_search.profile import COUNTED_LAYERS
 from compress_search.surgery import keep_channels
 from compress_search.workspace import write_json_atomically
 
 FORMAT = "compress_search.plan"
 VERSION = 1
-_PART_TYPES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Linear")
+_PART_TYPES = tuple(layer.__name__ for layer in COUNTED_LAYERS)
 
 
 @dataclass(frozen=True)

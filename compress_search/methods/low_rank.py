@@ -19,9 +19,9 @@ class Factors:
     """``left @ right`` approximates a matrix, most important components first.
 
     Attributes:
-        left: ``(p, rank)``.
-        right: ``(rank, q)``.
-        energy: ``(rank,)``, the squared output error that leaving out each component costs.
+        left: ``(..., p, rank)``.
+        right: ``(..., rank, q)``.
+        energy: ``(..., rank)``, the squared output error that leaving out each component costs.
     """
 
     left: Tensor
@@ -30,7 +30,7 @@ class Factors:
 
     def truncated(self, rank: int) -> Factors:
         """Keep the first ``rank`` components, the best approximation of that rank (Eckart and Young 1936)."""
-        return Factors(self.left[:, :rank], self.right[:rank], self.energy[:rank])
+        return Factors(self.left[..., :rank], self.right[..., :rank, :], self.energy[..., :rank])
 
 
 def factorise(matrix: Tensor, gram: Tensor | None = None) -> Factors:
@@ -41,16 +41,16 @@ def factorise(matrix: Tensor, gram: Tensor | None = None) -> Factors:
     shared evenly between its two factors, which keeps fine-tuning well conditioned.
 
     Args:
-        matrix: ``(p, q)`` in float64, acting as ``x @ matrix``.
-        gram: ``(p, p)``, second moments of the rows ``x``; ``None`` is plain SVD.
+        matrix: ``(..., p, q)`` in float64, acting as ``x @ matrix``.
+        gram: ``(..., p, p)``, second moments of the rows ``x``; ``None`` is plain SVD.
 
     Returns:
         All ``min(p, q)`` components.
     """
     weighted = matrix
     if gram is not None:
-        weighted = ridge_cholesky(gram, _RIDGE * mean_energy(gram)).T @ matrix
+        weighted = ridge_cholesky(gram, _RIDGE * mean_energy(gram)).mT @ matrix
     _, singular, right = torch.linalg.svd(weighted, full_matrices=False)
-    left = matrix @ right.T
-    scale = left.norm(dim=0).clamp_min(torch.finfo(left.dtype).tiny).sqrt()
-    return Factors(left / scale, right * scale[:, None], singular.square())
+    left = matrix @ right.mT
+    scale = left.norm(dim=-2).clamp_min(torch.finfo(left.dtype).tiny).sqrt()
+    return Factors(left / scale[..., None, :], right * scale[..., None], singular.square())
