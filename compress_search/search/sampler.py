@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, cast
 
 import optuna
@@ -47,6 +47,18 @@ class ReproducibleSampler(BaseSampler):
         self._make = make
         self._seed = seed
         self._relative: BaseSampler | None = None
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Tell the inner sampler that a trial begins."""
+        view, trial = _as_proposed(study, trial)
+        self._seeded_for(trial, "").before_trial(view, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """Tell the inner sampler that a trial ends."""
+        view, trial = _as_proposed(study, trial)
+        self._seeded_for(trial, "").after_trial(view, trial, state, values)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial

@@ -1,0 +1,107 @@
+"""The objective: one trial from its proposal to its accuracy and MAC ratio, and all it has to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import optuna
+
+from compress_search.methods import METHODS
+from compress_search.recipe import Compress, Recipe, Stage
+from compress_search.results import Reference, StageResult
+from compress_search.search.history import STAGES
+from compress_search.search.settings import SearchSettings
+from compress_search.search.space import propose
+
+METRICS = ("accuracy", "mac_ratio")
+DIRECTIONS = ("maximize", "minimize")
+CONSTRAINT = "mac_ratio"
+
+
+class Runner(Protocol):
+    """What the objective needs of a :class:`compress_search.stages.StageRunner`."""
+
+    @property
+    def reference(self) -> Reference:
+        """The original model's numbers."""
+
+    def achieved_ratio(self, stages: Sequence[Stage]) -> float:
+        """The exact MAC ratio after some stages."""
+
+    def run(
+        self, recipe: Recipe, *, after_stage: Callable[[Stage, StageResult], None] | None = None
+    ) -> tuple[StageResult, ...]:
+        """Run a recipe."""
+
+
+def run_trial(trial: optuna.Trial, settings: SearchSettings, runner: Runner) -> tuple[float, float]:
+    """Compress, fine-tune and judge one candidate.
+
+    What is finished is written into the trial's user attributes after every stage, so that a trial that is
+    running or was killed tells how far it is.
+
+    Args:
+        trial: A running trial.
+        settings: The study's settings.
+        runner: Runs the stages.
+
+    Returns:
+        Accuracy on the validation data, and MACs / MACs of the original.
+
+    Raises:
+        optuna.TrialPruned: The accuracy after the first method is too low to go on.
+        RatioError: A ratio cannot be reached.
+    """
+    proposal = propose(trial, settings, runner.achieved_ratio)
+    trial.set_user_attr("recipe", proposal.recipe.to_dict())
+    reference = runner.reference
+    finished: list[StageResult] = []
+
+    def after_stage(_: Stage, result: StageResult) -> None:
+        finished.append(result)
+        trial.set_user_attr(STAGES, [stage.to_dict() for stage in finished])
+        drop = reference.accuracy - result.accuracy
+        most = settings.max_drop_after_ssvd
+        if len(finished) == proposal.gate_after and most is not None and drop > most:
+            done = ", ".join(stage.name for stage in finished)
+            raise optuna.TrialPruned(
+                f"after {done} the accuracy is {result.accuracy:.4f}, {drop:.4f} below the original's; "
+                f"max_drop_after_ssvd allows {most:.4f}"
+            )
+
+    last = runner.run(proposal.recipe, after_stage=after_stage)[-1]
+    numbers = {
+        "accuracy": last.accuracy,
+        "drop": reference.accuracy - last.accuracy,
+        "mac_ratio": last.mac_ratio,
+        "macs": last.macs,
+        "params": last.params,
+        "achieved": achieved_ratios(proposal.recipe, finished, settings),
+        "seconds": sum(stage.seconds for stage in finished if not stage.reused),
+        "seconds_saved": sum(stage.seconds for stage in finished if stage.reused),
+        "key": last.key,
+    }
+    for name, value in numbers.items():
+        trial.set_user_attr(name, value)
+    # Last, and on the only way out: a complete trial without its constraint would count as feasible.
+    trial.set_constraint(
+        CONSTRAINT, abs(last.mac_ratio - settings.target) / settings.target - settings.tolerance
+    )
+    return last.accuracy, last.mac_ratio
+
+
+def achieved_ratios(
+    recipe: Recipe, results: Sequence[StageResult], settings: SearchSettings
+) -> Mapping[str, float]:
+    """Return what each method achieved, by the name of its ratio: MACs after / MACs before its stage.
+
+    A method that was left out achieved 1.
+    """
+    achieved = {METHODS[method].ratio_name: 1.0 for method in settings.methods}
+    before = 1.0
+    for stage, result in zip(recipe.stages, results, strict=True):
+        if isinstance(stage, Compress):
+            achieved[METHODS[stage.method].ratio_name] = result.mac_ratio / before
+            before = result.mac_ratio
+    return achieved

@@ -1,0 +1,168 @@
+"""What happens to trials whose process was stopped: they are failed, and queued again as retries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import psutil
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import FrozenTrial, TrialState
+
+from compress_search.search.history import (
+    ANCHOR,
+    DUPLICATE_OF,
+    INTERRUPTED,
+    REASON,
+    RETRIES,
+    RETRY_OF,
+    STAGES,
+    STAGES_BEFORE,
+    WORKER,
+)
+from compress_search.search.storage import GRACE_SECONDS
+
+logger = logging.getLogger("compress_search")
+
+MOST_RETRIES = 3
+"""A trial whose process died this often in a row, at the same stage, is left failed."""
+
+DIED, STOPPED = "died", "stopped"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that runs trials.
+
+    Attributes:
+        host: Name of its machine.
+        pid: Its process id.
+        started: When it started, in seconds since 1970: process ids are used again.
+    """
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def this_process(cls) -> Worker:
+        """Describe the process that asks."""
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-able values."""
+        return {"host": self.host, "pid": self.pid, "started": self.started}
+
+    def is_known_dead(self) -> bool:
+        """Whether it ran on this machine and does not any more. Of other machines nothing is known."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            another = abs(process.create_time() - self.started) > 1
+            return bool(another or process.status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            return False
+
+
+def recover(study: optuna.Study) -> None:
+    """Fail and queue again every trial whose process is gone. Call it between two trials.
+
+    A process of this machine is looked up; of one elsewhere only the missing heartbeat tells. Also mends
+    what a process left half done that was killed while it did this very thing.
+    """
+    storage = study._storage
+    assert isinstance(storage, BaseHeartbeat)
+    stale = set(storage._get_stale_trial_ids(study._study_id))
+    this = Worker.this_process()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = Worker(**trial.user_attrs[WORKER]) if WORKER in trial.user_attrs else None
+        if worker is not None and (worker == this or worker.is_known_dead()):
+            interrupt(
+                study, trial, DIED, f"its process {worker.pid} on {worker.host} ended in the middle of it"
+            )
+        elif trial._trial_id in stale:
+            where = f"its process on {worker.host}" if worker else "its process"
+            interrupt(study, trial, DIED, f"{where} gave no sign of life for {GRACE_SECONDS} s")
+    trials = study.get_trials(deepcopy=False)
+    retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+    for trial in trials:
+        interrupted = trial.state == TrialState.FAIL and INTERRUPTED in trial.user_attrs
+        if interrupted and trial.number not in retried:
+            queue_retry(study, trial)
+
+
+def interrupt(study: optuna.Study, trial: FrozenTrial, how: str, reason: str) -> None:
+    """Fail a running trial that was stopped from outside, and queue its retry.
+
+    Args:
+        study: The study.
+        trial: The trial. If it has ended meanwhile, nothing happens.
+        how: ``"died"`` or ``"stopped"``. Only dying is held against the trial.
+        reason: For the trial's history.
+    """
+    storage = study._storage
+    attributes = storage.get_trial(trial._trial_id).user_attrs
+    if _retries_after(attributes, how) > MOST_RETRIES:
+        reason += f"; so did {MOST_RETRIES} retries at the same stage, so that it is not tried again"
+    try:
+        storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, how)
+        storage.set_trial_user_attr(trial._trial_id, REASON, f"interrupted: {reason}")
+        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return
+    logger.info("Trial %d was interrupted: %s.", trial.number, reason)
+    queue_retry(study, storage.get_trial(trial._trial_id))
+
+
+def queue_retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial's parameters again, unless its process died too often at the same stage."""
+    attributes = trial.user_attrs
+    retries = _retries_after(attributes, attributes.get(INTERRUPTED))
+    if retries > MOST_RETRIES:
+        return
+    kept = {ANCHOR: attributes[ANCHOR]} if ANCHOR in attributes else {}
+    study.enqueue_trial(
+        trial.params,
+        user_attrs={
+            **kept,
+            RETRY_OF: trial.number,
+            RETRIES: retries,
+            STAGES_BEFORE: len(attributes.get(STAGES, ())),
+        },
+    )
+
+
+def _retries_after(attributes: Mapping[str, Any], how: str | None) -> int:
+    """How many retries in a row have died, the next one included, without finishing a stage more."""
+    retries: int = attributes.get(RETRIES, 0)
+    if how != DIED:
+        return retries
+    went_on = len(attributes.get(STAGES, ())) > attributes.get(STAGES_BEFORE, -1)
+    return 1 if went_on else retries + 1
+
+
+def drop_if_duplicate(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Fail a retry that two processes queued at the same time, and of which another one came first.
+
+    Returns:
+        Whether that was so.
+    """
+    retry_of = trial.user_attrs.get(RETRY_OF)
+    if retry_of is None:
+        return False
+    twins = [t.number for t in study.get_trials(deepcopy=False) if t.user_attrs.get(RETRY_OF) == retry_of]
+    if min(twins) == trial.number:
+        return False
+    trial.set_user_attr(DUPLICATE_OF, min(twins))
+    trial.set_user_attr(REASON, f"trial {min(twins)} is a retry of trial {retry_of} already")
+    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    return True

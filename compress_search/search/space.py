@@ -1,0 +1,171 @@
+"""The search space: which ratios a trial may ask of its methods, and the recipe they make.
+
+The ratios of two methods multiply, and their product has to meet the target. So only the first one is free;
+the second is what is still missing after the first, within the target's tolerance. That way nearly every
+trial is feasible, which free sampling under a constraint is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import optuna
+
+from compress_search.exceptions import RatioError
+from compress_search.methods import METHODS
+from compress_search.recipe import Compress, Recipe, Stage
+from compress_search.search.history import ANCHOR
+from compress_search.search.settings import SearchSettings
+
+AchievedRatio = Callable[[Sequence[Stage]], float]
+"""The exact MAC ratio, relative to the original model, after some stages."""
+
+_GUIDEBOOK_RATIO = 0.75
+"""The first ratio of the guidebook's example: 0.75 x 0.66 = 0.5."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A point that every study tries before it searches.
+
+    Attributes:
+        label: What it is, in words.
+        ratio: The ratio asked of the first method. The second method's is exactly what is missing.
+    """
+
+    label: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a trial is to do.
+
+    Attributes:
+        recipe: Its stages.
+        gate_after: The number of stages after which the accuracy decides whether the rest is worth it;
+            ``None`` if there is nothing to save.
+    """
+
+    recipe: Recipe
+    gate_after: int | None
+
+
+def ratio_grid(target: float, step: float) -> tuple[float, ...]:
+    """Return the ratios that the first of two methods may be asked for, ascending.
+
+    They are counted down from 1 in whole steps, so that studies with different targets share them, and
+    with them the stages; the target itself is the lowest one.
+    """
+    points = []
+    point, low = Decimal(1), Decimal(str(target))
+    while point > low:
+        points.append(float(point))
+        point -= Decimal(str(step))
+    return (target, *reversed(points))
+
+
+def anchors(settings: SearchSettings) -> tuple[Anchor, ...]:
+    """Return the points that come first, each ratio once.
+
+    Either method alone, both with the same ratio, and the guidebook's example; for a single method, the
+    target itself.
+    """
+    target = settings.target
+    if len(settings.methods) == 1:
+        return (Anchor("target", target),)
+    first, second = settings.methods
+    grid = ratio_grid(target, settings.step)
+    wanted = (
+        (f"{first} only", target),
+        (f"{second} only", 1.0),
+        ("equal ratios", target**0.5),
+        ("guidebook", _GUIDEBOOK_RATIO),
+    )
+    found: dict[float, Anchor] = {}
+    for label, ratio in wanted:
+        nearest = min(grid, key=lambda point: abs(point - ratio))
+        found.setdefault(nearest, Anchor(label, nearest))
+    return tuple(found.values())
+
+
+def last_ratio_range(
+    settings: SearchSettings, achieved: float = 1.0, *, exact: bool = False
+) -> tuple[float, float]:
+    """Return the ratios of the last method that bring the model into the target's band.
+
+    Args:
+        settings: The study's settings.
+        achieved: The exact ratio of the model that the last method gets, relative to the original.
+        exact: Aim at the target itself rather than at the band around it.
+
+    Returns:
+        Lowest and highest ratio, relative to the model that the method gets; both are 1 if that model is
+        small enough already.
+    """
+    low, high = settings.band
+    if achieved <= high:
+        return 1.0, 1.0
+    if exact:
+        return settings.target / achieved, settings.target / achieved
+    return low / achieved, high / achieved
+
+
+def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: AchievedRatio) -> Proposal:
+    """Let a trial choose its ratios, and make its recipe.
+
+    Every method's ratio becomes a parameter of the trial, the ones with no choice left included.
+
+    Args:
+        trial: The trial.
+        settings: The study's settings.
+        achieved_ratio: Says what the first method really achieves: sizes are whole numbers, so that it
+            is not quite what was asked.
+
+    Raises:
+        RatioError: The first method cannot reach its ratio.
+    """
+    names = [METHODS[method].ratio_name for method in settings.methods]
+    label = trial.user_attrs.get(ANCHOR)
+    anchor = next((anchor for anchor in anchors(settings) if anchor.label == label), None)
+    exact = anchor is not None
+    if len(names) == 1:
+        ratio = trial.suggest_float(names[0], *last_ratio_range(settings, exact=exact))
+        return _proposal(settings, [ratio])
+
+    if anchor is not None:
+        first = trial.suggest_float(names[0], anchor.ratio, anchor.ratio)
+    else:
+        # The target itself leaves no choice to the second method, so the anchor has tried all of it.
+        lowest = ratio_grid(settings.target, settings.step)[1]
+        first = trial.suggest_float(names[0], lowest, 1.0, step=settings.step)
+    try:
+        achieved = achieved_ratio([_compress(settings, settings.methods[0], first)]) if first < 1 else 1.0
+    except RatioError:
+        # The sampler is to learn from this trial too, which takes all parameters.
+        trial.suggest_float(names[1], *last_ratio_range(settings, first, exact=exact))
+        raise
+    second = trial.suggest_float(names[1], *last_ratio_range(settings, achieved, exact=exact))
+    return _proposal(settings, [first, second])
+
+
+def _proposal(settings: SearchSettings, ratios: Sequence[float]) -> Proposal:
+    """Leave out what a ratio of 1 makes needless, and train last as the settings say for the last."""
+    used = [(method, ratio) for method, ratio in zip(settings.methods, ratios, strict=True) if ratio < 1]
+    halves: list[list[Stage]] = []
+    for position, (method, ratio) in enumerate(used, start=1):
+        tuning = settings.fine_tune
+        if position == len(used) and settings.final_fine_tune is not None:
+            tuning = settings.final_fine_tune
+        stages: list[Stage] = [_compress(settings, method, ratio)]
+        halves.append([*stages, tuning] if tuning.epochs else stages)
+    return Proposal(
+        Recipe(tuple(stage for half in halves for stage in half)),
+        gate_after=len(halves[0]) if len(halves) > 1 else None,
+    )
+
+
+def _compress(settings: SearchSettings, method: str, ratio: float) -> Compress:
+    return Compress(method=method, mac_ratio=ratio, selection=settings.selection, samples=settings.samples)

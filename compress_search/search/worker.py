@@ -1,0 +1,253 @@
+"""The loop of one process that runs the trials of a study.
+
+It asks, runs and tells by itself rather than through ``Study.optimize``: there ``n_trials`` counts new
+trials, not the study's total, and one failed heartbeat ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import TrialState, create_trial
+
+from compress_search.exceptions import RatioError, StudyError
+from compress_search.progress import Progress
+from compress_search.search.history import REASON, TRACEBACK, WORKER, finished_trials
+from compress_search.search.recovery import (
+    STOPPED,
+    Worker,
+    drop_if_duplicate,
+    interrupt,
+    queue_retry,
+    recover,
+)
+from compress_search.search.storage import HEARTBEAT_SECONDS, quiet_optuna
+
+logger = logging.getLogger("compress_search")
+
+Objective = Callable[[optuna.Trial], tuple[float, float]]
+
+_TELLING_FAILURES = 3
+"""So many first trials that fail alike mean that all would."""
+_TRACEBACK_LINES = 12
+_WAITING_SECONDS = 1.0
+
+
+def run_trials(
+    study: optuna.Study,
+    objective: Objective,
+    *,
+    n_trials: int,
+    timeout: float | None = None,
+    progress: Progress,
+) -> None:
+    """Run trials until the study has ``n_trials`` finished ones.
+
+    Trials that were interrupted, here or elsewhere, are run again and not counted twice. A trial that
+    raises is failed with its reason, and the study goes on.
+
+    Args:
+        study: The study.
+        objective: Returns the values of a trial.
+        n_trials: Total number of finished (complete, pruned or failed) trials of the study.
+        timeout: No trial is begun after so many seconds.
+        progress: Where to show the trials.
+
+    Raises:
+        StudyError: The first trials all failed with the same error, or the database is gone.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the running trial is queued again.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        with quiet_optuna(), _sigterm_as_interrupt():
+            _run_trials(study, objective, n_trials, deadline, progress)
+    except StorageInternalError as error:
+        raise StudyError(
+            f"The database of the study {study.study_name!r} failed: {error.__cause__ or error}. "
+            "What is finished is kept: resume the study when the database can be reached."
+        ) from error
+    except (KeyboardInterrupt, SystemExit):
+        this = Worker.this_process().to_dict()
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs.get(WORKER) == this:
+                interrupt(study, trial, STOPPED, "the search was stopped")
+        raise
+
+
+def _run_trials(
+    study: optuna.Study, objective: Objective, n_trials: int, deadline: float | None, progress: Progress
+) -> None:
+    recover(study)
+    shown = _count_finished(study)
+    if shown >= n_trials:
+        logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
+        return
+    first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
+    with progress.bar("trials", n_trials, done=shown) as advance:
+        while _may_begin(study, n_trials, deadline):
+            trial = _claim(study)
+            if drop_if_duplicate(study, trial):
+                continue
+            note, error = _run(study, trial, objective)
+            for _ in range(shown, _count_finished(study) - 1):
+                advance("by another process")
+                shown += 1
+            advance(note)
+            shown += 1
+            if len(first_ends) < _TELLING_FAILURES:
+                first_ends.append((trial, error))
+                _stop_if_all_fail_alike(study, first_ends)
+
+
+def _may_begin(study: optuna.Study, n_trials: int, deadline: float | None) -> bool:
+    """Wait until a trial is wanted (true), or the study has its total or time is over (false)."""
+    while deadline is None or time.monotonic() < deadline:
+        recover(study)
+        finished = _count_finished(study)
+        if finished >= n_trials:
+            return False
+        running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        if finished + running < n_trials:
+            return True
+        # The others may still be interrupted, and then somebody has to take their trials over.
+        time.sleep(_WAITING_SECONDS)
+    return False
+
+
+def _claim(study: optuna.Study) -> optuna.Trial:
+    """Take the first waiting trial, or a new one.
+
+    ``Study.ask`` is not used: it has no heartbeat, so that a process killed right after it would leave a
+    trial that runs for ever. Here the heartbeat is older than the running state.
+    """
+    storage = study._storage
+    assert isinstance(storage, BaseHeartbeat)
+    while True:
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        for trial in waiting:
+            storage.record_heartbeat(trial._trial_id)
+            try:
+                mine = storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            except UpdateFinishedTrialError:
+                continue
+            if mine:
+                storage.set_trial_user_attr(trial._trial_id, WORKER, Worker.this_process().to_dict())
+                return optuna.Trial(study, trial._trial_id)
+        if not waiting:
+            study.add_trial(create_trial(state=TrialState.WAITING))
+
+
+def _run(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> tuple[str, BaseException | None]:
+    """Run one claimed trial to its end.
+
+    Returns:
+        A note of how it went, and the error that ended it if it was one.
+    """
+    error: BaseException | None = None
+    values: tuple[float, float] | None = None
+    try:
+        with _heartbeat(study, trial):
+            try:
+                values = objective(trial)
+                state = TrialState.COMPLETE
+                note = "accuracy {:.4f}, mac_ratio {:.4f}".format(*values)
+            except optuna.TrialPruned as pruned:
+                state, note = TrialState.PRUNED, str(pruned)
+            except RatioError as unreachable:
+                # No fault of the run: the sampler is to learn that there is nothing here.
+                state, note, error = TrialState.PRUNED, str(unreachable), unreachable
+            except (StorageInternalError, UpdateFinishedTrialError):
+                raise
+            except Exception as raised:
+                state, note, error = TrialState.FAIL, f"{type(raised).__name__}: {raised}", raised
+                lines = "".join(traceback.format_exception(raised)).splitlines()
+                trial.set_user_attr(TRACEBACK, lines[-_TRACEBACK_LINES:])
+                logger.error("Trial %d failed.", trial.number, exc_info=raised)
+            if values is None:
+                trial.set_user_attr(REASON, note)
+            study.tell(trial, values, state=state, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        # This process was paused for so long that another one took the trial over.
+        return f"trial {trial.number} was taken over by another process", None
+    params = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
+    return f"trial {trial.number} ({params}) {state.name.lower()}: {note}", error
+
+
+def _stop_if_all_fail_alike(
+    study: optuna.Study, ends: list[tuple[optuna.Trial, BaseException | None]]
+) -> None:
+    """Do not spend the whole budget on one mistake.
+
+    The failed trials are queued again, for when it is mended.
+
+    Raises:
+        StudyError: The first trials all ended with the same error, numbers aside.
+    """
+    kinds = {None if error is None else re.sub(r"[\d.]+", "#", repr(error)) for _, error in ends}
+    error = ends[-1][1]
+    if len(ends) < _TELLING_FAILURES or len(kinds) > 1 or error is None:
+        return
+    if isinstance(error, RatioError):
+        raise StudyError(f"The first {len(ends)} trials all asked for too much: {error}") from error
+    for trial, _ in ends:
+        queue_retry(study, study._storage.get_trial(trial._trial_id))
+    where = "".join(traceback.format_exception(error)).splitlines()[-_TRACEBACK_LINES:]
+    raise StudyError(
+        f"The first {len(ends)} trials all failed with the same error, so the search was stopped:\n"
+        + "\n".join(f"  {line}" for line in where)
+        + "\nMend it and resume the study: these trials are run again."
+    ) from error
+
+
+@contextmanager
+def _heartbeat(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
+    """Say regularly that the trial's process lives, whatever the database answers."""
+    storage = study._storage
+    assert isinstance(storage, BaseHeartbeat)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            try:
+                storage.record_heartbeat(trial._trial_id)
+            except Exception as error:
+                logger.warning("The heartbeat of trial %d was not written: %s", trial.number, error)
+
+    thread = threading.Thread(target=beat, name=f"heartbeat of trial {trial.number}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the search as Ctrl-C does. Only the main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _count_finished(study: optuna.Study) -> int:
+    return len(finished_trials(study.get_trials(deepcopy=False)))
