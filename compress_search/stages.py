@@ -69,7 +69,7 @@ class StageRunner:
     @cached_property
     def original(self) -> StageResult:
         """The original model as the stage before the first."""
-        key = content_hash(self._identity)
+        key = content_hash(self.identity)
         return self._store.find(key) or self._finish(
             key, "original", CompressionPlan(), self._original, started=time.monotonic()
         )
@@ -127,7 +127,8 @@ class StageRunner:
         return analysis.predict_macs(sizes) / self.original.macs
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on beside the recipe: fingerprints, names and the seed."""
         task = self._task
         calibration = task.train if task.calibration is None else task.calibration
         return {
