@@ -15,16 +15,11 @@ from compress_search.search.settings import SearchSettings
 from compress_search.search.space import propose
 
 METRICS = ("accuracy", "mac_ratio")
-DIRECTIONS = ("maximize", "minimize")
 CONSTRAINT = "mac_ratio"
 
 
 class Runner(Protocol):
     """What the objective needs of a :class:`compress_search.stages.StageRunner`."""
-
-    @property
-    def reference(self) -> Reference:
-        """The original model's numbers."""
 
     def achieved_ratio(self, stages: Sequence[Stage]) -> float:
         """The exact MAC ratio after some stages."""
@@ -35,7 +30,9 @@ class Runner(Protocol):
         """Run a recipe."""
 
 
-def run_trial(trial: optuna.Trial, settings: SearchSettings, runner: Runner) -> tuple[float, float]:
+def run_trial(
+    trial: optuna.Trial, *, settings: SearchSettings, runner: Runner, reference: Reference
+) -> tuple[float, float]:
     """Compress, fine-tune and judge one candidate.
 
     What is finished is written into the trial's user attributes after every stage, so that a trial that is
@@ -45,6 +42,7 @@ def run_trial(trial: optuna.Trial, settings: SearchSettings, runner: Runner) -> 
         trial: A running trial.
         settings: The study's settings.
         runner: Runs the stages.
+        reference: The original model's numbers.
 
     Returns:
         Accuracy on the validation data, and MACs / MACs of the original.
@@ -55,7 +53,6 @@ def run_trial(trial: optuna.Trial, settings: SearchSettings, runner: Runner) -> 
     """
     proposal = propose(trial, settings, runner.achieved_ratio)
     trial.set_user_attr("recipe", proposal.recipe.to_dict())
-    reference = runner.reference
     finished: list[StageResult] = []
 
     def after_stage(_: Stage, result: StageResult) -> None:

@@ -31,7 +31,7 @@ from compress_search.search.recovery import (
     queue_retry,
     recover,
 )
-from compress_search.search.storage import HEARTBEAT_SECONDS, quiet_optuna
+from compress_search.search.storage import HEARTBEAT_SECONDS
 
 logger = logging.getLogger("compress_search")
 
@@ -69,7 +69,7 @@ def run_trials(
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
-        with quiet_optuna(), _sigterm_as_interrupt():
+        with _sigterm_as_interrupt():
             _run_trials(study, objective, n_trials, deadline, progress)
     except StorageInternalError as error:
         raise StudyError(

@@ -1,0 +1,223 @@
+"""A study that is open: it runs, and is asked for its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.storages import RDBStorage
+
+from compress_search.exceptions import StudyError, TaskError
+from compress_search.export import ExportFiles, export_candidate
+from compress_search.profile import profile_model
+from compress_search.progress import Progress
+from compress_search.reports.layers import LayerRow, layer_table
+from compress_search.reports.page import ReportFiles, write_report
+from compress_search.results import Candidate, ParetoFront
+from compress_search.search.candidates import candidate_of
+from compress_search.search.history import ANCHOR, current_trials
+from compress_search.search.identity import Identity
+from compress_search.search.objective import run_trial
+from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
+from compress_search.search.space import anchors
+from compress_search.search.status import StudyStatus, status_of
+from compress_search.search.worker import run_trials
+from compress_search.stages import StageRunner
+from compress_search.task import Task
+from compress_search.workspace import Workspace
+
+_WANTED, _TESTS = "n_trials", "test_scores"
+
+
+@dataclass(frozen=True)
+class TestScore:
+    """What ``Task.evaluate`` said on the test data, which the search never saw.
+
+    Attributes:
+        original: Of the original model.
+        candidate: Of the candidate.
+    """
+
+    original: float
+    candidate: float
+
+
+class CompressionStudy:
+    """A search for a smaller model; :func:`create_study` and :func:`load_study` make it.
+
+    Attributes:
+        name: Of the study.
+        workspace: Where its stages and reports lie.
+        storage: Its database.
+        settings: How it searches.
+        reference: The original model's numbers.
+        optuna_study: What Optuna knows of it, for everything that Optuna can do with a study.
+        task: The user's side; ``None`` if the study was loaded without it.
+        task_name: The task's name.
+        device: Where models run.
+    """
+
+    def __init__(
+        self,
+        optuna_study: optuna.Study,
+        *,
+        storage: RDBStorage,
+        workspace: Workspace,
+        identity: Identity,
+        task: Task | None,
+        device: torch.device,
+    ) -> None:
+        self.name = optuna_study.study_name
+        self.workspace = workspace
+        self.storage = storage
+        self.settings = identity.settings
+        self.reference = identity.reference
+        self.optuna_study = optuna_study
+        self.task = task
+        self.task_name: str = identity.task["name"]
+        self.device = device
+        optuna_study.sampler = ReproducibleSampler(SAMPLERS[self.settings.sampler], self.settings.seed)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the study's reports and exports."""
+        return self.workspace.study_folder(self.name)
+
+    def optimize(
+        self, n_trials: int, *, timeout: float | None = None, progress: Progress | None = None
+    ) -> None:
+        """Search until the study has ``n_trials`` finished trials; resumes whatever was interrupted.
+
+        Args:
+            n_trials: The study's total. A study that has as many does nothing.
+            timeout: No trial is begun after so many seconds.
+            progress: Where to show it; bars on a terminal by default.
+
+        Raises:
+            StudyError: The study was loaded without its task, the first trials all failed alike, or the
+                database failed.
+            KeyboardInterrupt: Ctrl-C or SIGTERM. Nothing that is finished is lost.
+        """
+        if n_trials < 1:
+            raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
+        task = self._needed_task("optimize")
+        progress = progress or Progress()
+        runner = StageRunner(
+            task, self.workspace.prepare(), seed=self.settings.seed, device=self.device, progress=progress
+        )
+        self.optuna_study.set_user_attr(_WANTED, n_trials)
+        self._enqueue_anchors()
+        objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
+        run_trials(self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress)
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Return what the trials ended as, by number; without those that were interrupted and run again."""
+        build = None if self.task is None else self.task.build_model
+        trials = current_trials(self.optuna_study.get_trials(deepcopy=False))
+        return tuple(candidate_of(trial, self.workspace, build) for trial in trials)
+
+    def front(self) -> ParetoFront:
+        """Return the study's answer so far."""
+        return ParetoFront(self.candidates(), self.reference, self.settings.target, self.settings.tolerance)
+
+    def best(self, *, max_drop: float | None = None) -> Candidate:
+        """Pick the model to ship; see :meth:`compress_search.results.ParetoFront.choose`."""
+        return self.front().choose(max_drop=max_drop)
+
+    def status(self) -> StudyStatus:
+        """Tell how far the study is."""
+        front = self.front()
+        return status_of(
+            self.optuna_study.get_trials(deepcopy=False),
+            name=self.name,
+            target=self.settings.target,
+            reference=self.reference,
+            wanted=self.optuna_study.user_attrs.get(_WANTED),
+            best=front.choose() if len(front) else None,
+        )
+
+    def test(self, candidate: Candidate) -> TestScore:
+        """Evaluate a candidate and the original on the test data, once; later calls read what was stored.
+
+        Raises:
+            StudyError: The candidate did not complete, or the task is not known.
+            TaskError: The task has no test data.
+        """
+        if (stored := self._stored_test(candidate)) is not None:
+            return stored
+        task = self._needed_task("test")
+        if task.test is None:
+            raise TaskError(f"The task {task.name!r} has no test data. Give it a loader: Task(test=...).")
+        scores = dict(self.optuna_study.user_attrs.get(_TESTS, {}))
+        original = task.build_model().to(self.device)
+        if "original" not in scores:
+            scores["original"] = task.score(original, task.test)
+        scores[str(candidate.number)] = task.score(candidate.load_model(original), task.test)
+        self.optuna_study.set_user_attr(_TESTS, scores)
+        return TestScore(scores["original"], scores[str(candidate.number)])
+
+    def report(self, chosen: Candidate | None = None) -> ReportFiles:
+        """Write the report, the plots and the table of all candidates into :attr:`folder`.
+
+        Args:
+            chosen: The model to ship; by default the most accurate feasible one, if there is one.
+        """
+        front = self.front()
+        if chosen is None and len(front):
+            chosen = front.choose()
+        test = None if chosen is None else self._stored_test(chosen)
+        exported = None if chosen is None else self._export_folder(chosen)
+        return write_report(
+            self.folder,
+            title=self.name,
+            front=front,
+            chosen=chosen,
+            test=None if test is None else (test.original, test.candidate),
+            layers=() if chosen is None else self._layers_of(chosen),
+            settings={"task": self.task_name, **self.settings.to_dict()},
+            export_folder=exported if exported is not None and exported.is_dir() else None,
+        )
+
+    def export(self, candidate: Candidate, folder: Path | None = None) -> ExportFiles:
+        """Write a candidate as files to ship; see :func:`compress_search.export.export_candidate`.
+
+        Args:
+            candidate: A complete candidate.
+            folder: Where to; ``export/trial-N`` in :attr:`folder` by default.
+        """
+        example = None if self.task is None else self.task.example_input
+        return export_candidate(candidate, folder or self._export_folder(candidate), example_input=example)
+
+    def _enqueue_anchors(self) -> None:
+        queued = {trial.user_attrs.get(ANCHOR) for trial in self.optuna_study.get_trials(deepcopy=False)}
+        for anchor in anchors(self.settings):
+            if anchor.label not in queued:
+                self.optuna_study.enqueue_trial({}, user_attrs={ANCHOR: anchor.label})
+
+    def _stored_test(self, candidate: Candidate) -> TestScore | None:
+        scores = self.optuna_study.user_attrs.get(_TESTS, {})
+        number = str(candidate.number)
+        return TestScore(scores["original"], scores[number]) if number in scores else None
+
+    def _layers_of(self, candidate: Candidate) -> tuple[LayerRow, ...]:
+        if self.task is None:
+            return ()
+        original, example = self.task.build_model(), self.task.example_input
+        compressed = candidate.load_model(original)
+        return layer_table(
+            candidate.plan, profile_model(original, example), profile_model(compressed, example)
+        )
+
+    def _export_folder(self, candidate: Candidate) -> Path:
+        return self.folder / "export" / f"trial-{candidate.number}"
+
+    def _needed_task(self, what: str) -> Task:
+        if self.task is None:
+            raise StudyError(
+                f"The study {self.name!r} was opened without its task, which {what} needs: "
+                f'load_study("{self.name}", task).'
+            )
+        return self.task

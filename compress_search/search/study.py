@@ -1,0 +1,205 @@
+"""Studies are created, continued and loaded here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import RDBStorage
+
+from compress_search.exceptions import StudyError
+from compress_search.progress import Progress
+from compress_search.recipe import FineTune
+from compress_search.search.compression_study import CompressionStudy, TestScore
+from compress_search.search.identity import (
+    DIRECTIONS,
+    Identity,
+    check_same,
+    current_versions,
+    is_blank,
+    load_identity,
+)
+from compress_search.search.objective import METRICS
+from compress_search.search.settings import SearchSettings
+from compress_search.search.storage import open_storage, quiet_optuna
+from compress_search.stages import StageRunner
+from compress_search.task import Task
+from compress_search.workspace import Workspace
+
+__all__ = ["CompressionStudy", "TestScore", "create_study", "load_study"]
+
+_RESERVED_NAMES = ("stages", "study.db")
+
+
+def create_study(
+    name: str,
+    task: Task,
+    *,
+    target: float,
+    tolerance: float = 0.02,
+    methods: tuple[str, ...] = ("spatial_svd", "channel_pruning"),
+    selection: str = "uniform",
+    samples: int = 512,
+    fine_tune: FineTune | None = None,
+    final_fine_tune: FineTune | None = None,
+    step: float = 0.05,
+    max_drop_after_ssvd: float | None = None,
+    sampler: str = "tpe",
+    seed: int = 0,
+    workspace: str | Path = "runs",
+    storage: str | None = None,
+    device: str | None = None,
+) -> CompressionStudy:
+    """Create a study, or continue the one of that name if everything agrees.
+
+    The task is checked and the original model evaluated before anything is stored. The search itself is
+    described by :class:`~compress_search.search.settings.SearchSettings`, whose fields are spelt out here.
+
+    Args:
+        name: Letters, digits and ``. _ -``.
+        task: The model, its data and how to judge it.
+        target: MACs to keep / MACs of the original model, in (0, 1).
+        tolerance: See :class:`~compress_search.search.settings.SearchSettings`; the others too.
+        methods: The compression methods, in order.
+        selection: How each layer's size is chosen.
+        samples: Number of unlabelled calibration examples.
+        fine_tune: The fine-tuning after each method but the last; ``None`` is the default one.
+        final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
+        step: Step of the grid of the first method's ratio.
+        max_drop_after_ssvd: Largest drop of accuracy half-way.
+        sampler: How points are proposed.
+        seed: Fixes all that is random.
+        workspace: Folder of the results.
+        storage: URL of the database; ``None`` is a SQLite file in the workspace.
+        device: For example ``"cpu"`` or ``"cuda:1"``; ``None`` takes the first GPU if there is one.
+
+    Raises:
+        ConfigError: Settings are out of range; all faults are in the message.
+        TaskError: The task cannot be used.
+        WorkspaceError: The workspace cannot be written.
+        StudyMismatchError: A study of that name was made with other settings, or by another program.
+        StudyError: The name, the device or the database cannot be used.
+    """
+    _check_name(name)
+    settings = SearchSettings(
+        target=target,
+        tolerance=tolerance,
+        methods=tuple(methods),
+        selection=selection,
+        samples=samples,
+        fine_tune=fine_tune or FineTune(),
+        final_fine_tune=final_fine_tune,
+        step=step,
+        max_drop_after_ssvd=max_drop_after_ssvd,
+        sampler=sampler,
+        seed=seed,
+    )
+    place, where = Workspace(Path(workspace)), _device(device)
+    task.check(task.build_model(), where)
+    runner = _runner(task, place.prepare(), settings, where, Progress())
+    database = open_storage(storage, place)
+    study = _find(database, name)
+    if study is None or is_blank(study):
+        identity = Identity(_task_identity(task, runner), settings, runner.reference, current_versions())
+        study = _create(database, name, identity)
+    identity = check_same(study, task=_task_identity(task, runner), settings=settings)
+    return CompressionStudy(
+        study, storage=database, workspace=place, identity=identity, task=task, device=where
+    )
+
+
+def load_study(
+    name: str,
+    task: Task | None = None,
+    *,
+    workspace: str | Path = "runs",
+    storage: str | None = None,
+    device: str | None = None,
+) -> CompressionStudy:
+    """Open a study that exists.
+
+    Args:
+        name: Of the study.
+        task: Its task; without it the study can be looked at, but not continued.
+        workspace: Folder of the results.
+        storage: URL of the database; ``None`` is the SQLite file in the workspace.
+        device: See :func:`create_study`.
+
+    Raises:
+        StudyError: There is no such study or database; the studies that exist are named.
+        StudyMismatchError: The study was made with another task, or by another program.
+        TaskError: The task cannot be used.
+    """
+    place, where = Workspace(Path(workspace)), _device(device)
+    if task is not None:
+        task.check(task.build_model(), where)
+    database = open_storage(storage, place, must_exist=True)
+    study = _find(database, name)
+    if study is None:
+        raise StudyError(_not_found(database, name))
+    identity = load_identity(study)
+    if task is not None:
+        runner = _runner(task, place, identity.settings, where, Progress())
+        check_same(study, task=_task_identity(task, runner))
+    return CompressionStudy(
+        study, storage=database, workspace=place, identity=identity, task=task, device=where
+    )
+
+
+def _runner(
+    task: Task, workspace: Workspace, settings: SearchSettings, device: torch.device, progress: Progress
+) -> StageRunner:
+    return StageRunner(task, workspace, seed=settings.seed, device=device, progress=progress)
+
+
+def _task_identity(task: Task, runner: StageRunner) -> dict[str, object]:
+    return {"name": task.name, **runner.identity}
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in _RESERVED_NAMES:
+        raise StudyError(
+            f"The study's name is {name!r}; it names a folder of the workspace: use letters, digits and "
+            f". _ - (not {' or '.join(map(repr, _RESERVED_NAMES))})."
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise StudyError(f"device is {name!r}; write, for example, cpu, cuda or cuda:1.") from error
+
+
+def _find(storage: RDBStorage, name: str) -> optuna.Study | None:
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return None
+
+
+def _create(storage: RDBStorage, name: str, identity: Identity) -> optuna.Study:
+    with quiet_optuna():
+        try:
+            study = optuna.create_study(study_name=name, storage=storage, directions=DIRECTIONS)
+        except DuplicatedStudyError:
+            # Another process was quicker, or was killed between this line and the one that saves.
+            study = optuna.load_study(study_name=name, storage=storage)
+        if is_blank(study):
+            study.set_metric_names(list(METRICS))
+            identity.save(study)
+        return study
+
+
+def _not_found(storage: RDBStorage, name: str) -> str:
+    names = sorted(study.study_name for study in storage.get_all_studies())
+    near = difflib.get_close_matches(name, names, n=1)
+    there = f"It has: {', '.join(names)}." if names else "It has none."
+    remedy = f" Did you mean {near[0]!r}?" if near else ""
+    return f"There is no study {name!r} in this database. {there}{remedy}"
