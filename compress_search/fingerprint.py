@@ -49,8 +49,7 @@ def data_fingerprint(loader: Iterable[Any]) -> str:
         20 hexadecimal digits.
     """
     first, second = (_first_batch_hash(loader) for _ in range(2))
-    length = len(loader.dataset) if hasattr(loader, "dataset") else None
-    return content_hash([length, first if first == second else None])
+    return content_hash([_length_of(loader), first if first == second else None])
 
 
 @contextmanager
@@ -90,6 +89,14 @@ def _generators_of(source: Any) -> Iterator[torch.Generator]:
         yield generator
     for part in ("sampler", "batch_sampler"):
         yield from _generators_of(getattr(source, part, None))
+
+
+def _length_of(loader: Any) -> int | None:
+    """Number of examples if the loader has a data set, of batches otherwise; ``None`` for a stream."""
+    try:
+        return len(getattr(loader, "dataset", loader))
+    except TypeError:
+        return None
 
 
 def _first_batch_hash(loader: Iterable[Any]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compress_search.exceptions import PlanError
 from compress_search.profile import COUNTED_LAYERS
-from compress_search.surgery import keep_channels
+from compress_search.surgery import can_keep_channels, channel_count, keep_channels
 from compress_search.workspace import write_json_atomically
 
 FORMAT = "compress_search.plan"
@@ -47,7 +47,10 @@ class Part:
         """Construct the module on the device and in the precision of ``like``."""
         if self.type not in _PART_TYPES:
             raise PlanError(f"A plan cannot build a {self.type!r}; it can build: {', '.join(_PART_TYPES)}.")
-        module: nn.Module = getattr(nn, self.type)(**self.arguments, device=like.device, dtype=like.dtype)
+        try:
+            module: nn.Module = getattr(nn, self.type)(**self.arguments, device=like.device, dtype=like.dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PlanError(f"The plan builds a {self.type} of {dict(self.arguments)}: {error}.") from error
         return module
 
 
@@ -68,8 +71,9 @@ class FactoriseLayer:
     def apply(self, model: nn.Module) -> None:
         """Make the change in ``model``, in place. The new weights are PyTorch's initial ones."""
         old = _submodule(model, self.layer)
-        weight = old.weight
-        assert isinstance(weight, nn.Parameter)
+        weight = getattr(old, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise _misfit(f"factorises {self.layer!r}, a {type(old).__name__} without a weight")
         new = nn.Sequential(OrderedDict((part.name, part.build(weight)) for part in self.parts))
         new.train(old.training)
         # A module that the network uses under several names is replaced under each of them.
@@ -95,13 +99,15 @@ class KeepChannels:
 
     def apply(self, model: nn.Module) -> None:
         """Make the change in ``model``, in place. The kept weights keep their values."""
-        try:
-            keep_channels(_submodule(model, self.layer), inputs=self.inputs, outputs=self.outputs)
-        except IndexError as error:
-            raise PlanError(
-                f"The plan keeps channels that {self.layer!r} does not have ({error}). "
-                "Apply the plan to the architecture it was made for."
-            ) from error
+        module = _submodule(model, self.layer)
+        if not can_keep_channels(module):
+            raise _misfit(f"cuts channels of {self.layer!r}, a {type(module).__name__} that cannot be cut")
+        for side, kept in (("inputs", self.inputs), ("outputs", self.outputs)):
+            channels = channel_count(module, side)
+            # A GPU would answer a wrong index by giving up every later operation of the process.
+            if kept is not None and not all(0 <= index < channels for index in kept):
+                raise _misfit(f"keeps channels that {self.layer!r} does not have: it has {channels} {side}")
+        keep_channels(module, inputs=self.inputs, outputs=self.outputs)
 
 
 Edit = FactoriseLayer | KeepChannels
@@ -145,6 +151,8 @@ class CompressionPlan:
         Raises:
             PlanError: The value is not a plan, or one of another version.
         """
+        if not isinstance(value, Mapping):
+            raise PlanError(f"Not a compression plan: it is a {type(value).__name__}, not a mapping.")
         if value.get("format") != FORMAT:
             raise PlanError(f"Not a compression plan: its format is {value.get('format')!r}, not {FORMAT!r}.")
         if value.get("version") != VERSION:
@@ -154,7 +162,7 @@ class CompressionPlan:
             )
         try:
             return cls(tuple(_step_from_dict(step) for step in value["steps"]))
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"The plan is damaged: {type(error).__name__}: {error}.") from error
 
     def save(self, path: Path | str) -> None:
@@ -200,10 +208,11 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise PlanError(
-            f"The plan changes {name!r}, which {type(model).__name__} does not have. "
-            "Apply the plan to the architecture it was made for."
-        ) from error
+        raise _misfit(f"changes {name!r}, which {type(model).__name__} does not have") from error
+
+
+def _misfit(what: str) -> PlanError:
+    return PlanError(f"The plan {what}. Apply the plan to the architecture it was made for.")
 
 
 def _step_to_dict(step: PlanStep) -> dict[str, Any]:

@@ -194,9 +194,13 @@ class _UncountedOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for module in self._names:
             hooks.append(module.register_forward_pre_hook(lambda m, _: self._running.append(m)))
             hooks.append(module.register_forward_hook(lambda *_: self._leave()))
+        # In evaluation mode attention would run as one fused operation that has no flop formula.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for hook in hooks:
                 hook.remove()
 

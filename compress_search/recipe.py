@@ -67,13 +67,13 @@ class FineTune:
         faults = [
             f"{name} is {value!r}; it must be {what}."
             for name, value, good, what in (
-                ("epochs", self.epochs, self.epochs >= 0, "0 or more"),
+                ("epochs", self.epochs, _is_count(self.epochs), "a whole number, 0 or more"),
                 ("lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
                 ("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)"),
-                ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+                ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
                 ("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)"),
                 ("distillation", self.distillation, 0 <= self.distillation <= 1, "in [0, 1]"),
-                ("temperature", self.temperature, self.temperature > 0, "a positive number"),
+                ("temperature", self.temperature, 0 < self.temperature < math.inf, "a positive number"),
                 ("gradient_clip", self.gradient_clip, self.gradient_clip > 0, "a positive number"),
             )
             if not good
@@ -111,6 +111,10 @@ def stage_to_dict(stage: Stage) -> dict[str, Any]:
     """Return one stage as JSON-able values."""
     kind = "compress" if isinstance(stage, Compress) else "fine_tune"
     return {"stage": kind, **dataclasses.asdict(stage)}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_ratio(value: Any, *, what: str) -> float:

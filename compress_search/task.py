@@ -200,14 +200,18 @@ class Task:
                 ]
             try:
                 outputs = model(inputs.to(device))
-                loss = self.loss_on(device)(outputs, targets.to(device))
+                loss: object = self.loss_on(device)(outputs, targets.to(device))
+                value = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan
             except Exception as error:
                 return [
                     f"The model's output does not fit train's targets of shape {tuple(targets.shape)} "
                     f"and type {targets.dtype}: {type(error).__name__}: {error}"
                 ]
-        if loss.numel() != 1 or not math.isfinite(loss.item()):
-            return [f"The loss of the first training batch is {loss}, not one finite number."]
+        if not math.isfinite(value):
+            seen = repr(loss)
+            if isinstance(loss, Tensor) and loss.numel() != 1:
+                seen = f"a tensor of shape {tuple(loss.shape)}"
+            return [f"The loss of the first training batch is {seen}, not a tensor of one finite number."]
         return []
 
 

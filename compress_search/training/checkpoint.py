@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from compress_search.exceptions import ModelError, WorkspaceError
+from compress_search.workspace import write_bytes_atomically
 
 
 def save_weights(model: nn.Module, path: Path | str) -> None:
@@ -27,16 +27,7 @@ def save_weights(model: nn.Module, path: Path | str) -> None:
     Raises:
         ModelError: The model's state holds something that is not a tensor.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(_state_of(model), temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes_atomically(Path(path), save(_state_of(model), metadata={"format": "pt"}))
 
 
 def load_weights(model: nn.Module, path: Path | str) -> None:

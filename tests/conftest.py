@@ -1,0 +1,49 @@
+"""A small network and a task that it can learn, for tests that train or evaluate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from compress_search.task import Task
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_net():
+    """Make ``(batch, 1, 6, 6) -> (batch, classes)``: two convolutions with batch normalisation."""
+
+    def make(*, seed=0, classes=3, width=4):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 9, classes),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_task(tiny_net):
+    """Make a task of three classes that differ in their mean image; ``changes`` replace its fields."""
+
+    def make(**changes):
+        generator = torch.Generator().manual_seed(0)
+        means = torch.randn(3, 1, 6, 6, generator=generator)
+        labels = torch.arange(96) % 3
+        images = means[labels] + torch.randn(96, 1, 6, 6, generator=generator)
+        train = DataLoader(TensorDataset(images[:64], labels[:64]), batch_size=16, shuffle=True)
+        validation = DataLoader(TensorDataset(images[64:], labels[64:]), batch_size=32)
+        fields = {"example_input": images[:1], "train": train, "validation": validation} | changes
+        return Task(**{"model": tiny_net()} | fields)
+
+    return make

@@ -1,0 +1,74 @@
+"""Recipes: their ranges, and JSON there and back."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from compress_search.exceptions import ConfigError, RatioError
+from compress_search.recipe import Compress, FineTune, Recipe, stage_to_dict
+
+RECIPE = Recipe(
+    (
+        Compress(method="spatial_svd", mac_ratio=0.7, samples=0),
+        FineTune(epochs=3, lr=0.05),
+        Compress(method="channel_pruning", mac_ratio=1, selection="uniform"),
+        FineTune(epochs=0),
+    )
+)
+
+
+def test_a_recipe_survives_json_unchanged():
+    assert Recipe.from_dict(json.loads(json.dumps(RECIPE.to_dict()))) == RECIPE
+
+
+def test_stages_are_named_after_what_they_do():
+    names = [stage.name for stage in RECIPE.stages]
+    assert names == ["spatial_svd", "fine_tune", "channel_pruning", "fine_tune"]
+
+
+def test_every_setting_of_a_stage_is_stored():
+    stored = stage_to_dict(FineTune(lr=0.3))
+    assert stored.pop("stage") == "fine_tune"
+    assert FineTune(**stored) == FineTune(lr=0.3)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, math.nan, math.inf, True, "0.5", None])
+def test_a_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(RatioError, match=r"mac_ratio of spatial_svd is .*in \(0, 1\]"):
+        Compress(method="spatial_svd", mac_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("epochs", -1),
+        ("epochs", 2.5),
+        ("lr", 0),
+        ("lr", math.inf),
+        ("momentum", 1),
+        ("weight_decay", -1e-4),
+        ("weight_decay", math.nan),
+        ("warmup", 1),
+        ("distillation", 1.1),
+        ("temperature", 0),
+        ("temperature", math.inf),
+        ("gradient_clip", 0),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting} is {value!r}; it must be"):
+        FineTune(**{setting: value})
+
+
+def test_all_faults_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        FineTune(epochs=-1, lr=-1.0, warmup=2.0)
+    assert [fault.split()[0] for fault in caught.value.faults] == ["epochs", "lr", "warmup"]
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    FineTune(epochs=0, momentum=0, weight_decay=0, warmup=0, distillation=1, gradient_clip=math.inf)
+    Compress(method="spatial_svd", mac_ratio=1)

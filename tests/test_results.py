@@ -1,0 +1,165 @@
+"""The Pareto front against its definition, and what a candidate can be asked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress_search.exceptions import PlanError, StudyError
+from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
+from compress_search.results import (
+    Candidate,
+    ParetoFront,
+    Reference,
+    StageResult,
+    format_candidates,
+    pareto_optimal,
+)
+from compress_search.training.checkpoint import save_weights
+
+REFERENCE = Reference(accuracy=0.9, macs=1000, params=100)
+
+
+def candidate(number, accuracy, mac_ratio, *, feasible=True, **changes):
+    return Candidate(
+        number=number,
+        state="complete",
+        params={"c_ssvd": 0.75, "c_cp": mac_ratio / 0.75},
+        accuracy=accuracy,
+        mac_ratio=mac_ratio,
+        drop=REFERENCE.accuracy - accuracy,
+        feasible=feasible,
+        **changes,
+    )
+
+
+def front(*candidates):
+    return ParetoFront(candidates, REFERENCE, target=0.5, tolerance=0.02)
+
+
+# Few distinct values, so that ties are common.
+candidates_lists = st.lists(
+    st.tuples(st.integers(80, 86), st.integers(48, 54), st.booleans()), max_size=14
+).map(lambda rows: [candidate(i, a / 100, m / 100, feasible=f) for i, (a, m, f) in enumerate(rows)])
+
+
+def is_beaten(one, others):
+    """The definition: at least as good in both, and better in one; of equals, the first."""
+    for other in others:
+        at_least = other.accuracy >= one.accuracy and other.mac_ratio <= one.mac_ratio
+        equal = other.accuracy == one.accuracy and other.mac_ratio == one.mac_ratio
+        if at_least and (not equal or other.number < one.number):
+            return True
+    return False
+
+
+@given(candidates_lists)
+def test_the_front_is_its_definition(candidates):
+    feasible = [c for c in candidates if c.feasible]
+    expected = sorted((c for c in feasible if not is_beaten(c, feasible)), key=lambda c: c.mac_ratio)
+    found = front(*candidates)
+    assert list(found) == list(found.best) == expected
+    assert len(found) == len(expected)
+    assert pareto_optimal(list(reversed(feasible))) == found.best
+
+
+@given(candidates_lists, st.none() | st.floats(0.03, 0.11))
+def test_the_choice_is_its_definition(candidates, max_drop):
+    feasible = [c for c in candidates if c.feasible]
+    good = feasible if max_drop is None else [c for c in feasible if c.drop <= max_drop]
+    if not good:
+        with pytest.raises(StudyError):
+            front(*candidates).choose(max_drop=max_drop)
+        return
+    chosen = front(*candidates).choose(max_drop=max_drop)
+    assert chosen in good
+    if max_drop is None:
+        assert chosen.accuracy == max(c.accuracy for c in good)
+    else:
+        assert chosen.mac_ratio == min(c.mac_ratio for c in good)
+
+
+def test_no_feasible_candidate_names_the_band():
+    with pytest.raises(StudyError, match=r"mac_ratio in \[0\.4900, 0\.5100\]"):
+        front(candidate(0, 0.9, 0.6, feasible=False)).choose()
+
+
+def test_too_strict_a_drop_names_the_nearest():
+    with pytest.raises(StudyError, match=r"at most 0\.01; the nearest is trial 1 with 0\.0500"):
+        front(candidate(0, 0.8, 0.49), candidate(1, 0.85, 0.5)).choose(max_drop=0.01)
+
+
+def test_candidates_that_did_not_complete_are_not_on_the_front():
+    pruned = Candidate(number=0, state="pruned", params={"c_ssvd": 0.5}, reason="lost too much")
+    assert list(front(pruned, candidate(1, 0.85, 0.5))) == [candidate(1, 0.85, 0.5)]
+
+
+def test_a_stage_result_survives_json_unchanged():
+    result = StageResult("abc", "fine_tune", 0.9, 500, 50, 0.5, 1.25, reused=True)
+    assert StageResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_candidates_are_formatted_as_a_table():
+    rows = format_candidates([candidate(3, 0.885, 0.495, seconds=12.34), candidate(10, 0.91, 0.5)])
+    assert rows.splitlines() == [
+        "trial  c_ssvd    c_cp  mac_ratio  accuracy %  drop %  seconds",
+        "-------------------------------------------------------------",
+        "    3    0.75    0.66     0.4950       88.50   +1.50     12.3",
+        "   10    0.75  0.6667     0.5000       91.00   -1.00      0.0",
+    ]
+    dominated = candidate(4, 0.8, 0.5)
+    assert str(front(candidate(3, 0.885, 0.495), dominated)) == format_candidates(
+        [candidate(3, 0.885, 0.495)]
+    )
+
+
+PLAN = CompressionPlan(
+    (
+        PlanStep(
+            "channel_pruning",
+            0.5,
+            (
+                KeepChannels("0", outputs=(1, 2)),
+                KeepChannels("1", outputs=(1, 2)),
+                KeepChannels("3", inputs=(1, 2)),
+            ),
+        ),
+    )
+)
+
+
+def test_a_candidate_rebuilds_its_model(tiny_net, tmp_path):
+    trained = apply_plan(tiny_net(), PLAN)
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    PLAN.save(tmp_path / "plan.json")
+    save_weights(trained, tmp_path / "weights.safetensors")
+    inputs = torch.randn(2, 1, 6, 6)
+
+    found = candidate(0, 0.9, 0.5, folder=tmp_path, build_model=tiny_net)
+    model = found.load_model()
+    assert found.plan == PLAN
+    assert not model.training
+    assert torch.equal(model(inputs), trained.eval()(inputs))
+    assert torch.equal(candidate(0, 0.9, 0.5, folder=tmp_path).load_model(tiny_net())(inputs), model(inputs))
+
+
+def test_a_candidate_of_a_study_without_task_asks_for_the_original(tmp_path):
+    with pytest.raises(StudyError, match=r"load_model\(original=\.\.\.\)"):
+        candidate(0, 0.9, 0.5, folder=tmp_path).load_model()
+
+
+def test_a_candidate_that_did_not_complete_has_no_model():
+    pruned = Candidate(number=4, state="pruned", params={})
+    for ask in (lambda: pruned.plan, lambda: pruned.weights):
+        with pytest.raises(StudyError, match="Trial 4 is pruned, so it left no model"):
+            ask()
+
+
+def test_a_lost_plan_is_named(tmp_path, tiny_net):
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        candidate(0, 0.9, 0.5, folder=tmp_path, build_model=tiny_net).load_model()

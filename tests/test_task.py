@@ -1,0 +1,262 @@
+"""The user's side: what is wrong with it is found before any work starts, and said in plain words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from compress_search.exceptions import EvaluationError, TaskError
+from compress_search.fingerprint import model_fingerprint
+from compress_search.task import accuracy, inputs_of
+
+CPU = torch.device("cpu")
+
+
+class Constant(nn.Module):
+    """Says class 1 whatever it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.0, 1.0, 0.5]))
+
+    def forward(self, inputs):
+        return self.logits.expand(len(inputs), 3)
+
+
+def faults_of(task):
+    with pytest.raises(TaskError, match=f"The task '{task.name}' cannot be used:") as caught:
+        task.check(task.build_model(), CPU)
+    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    labels = torch.tensor([1, 1, 0, 2, 1])
+    batches = [(torch.zeros(3, 2), labels[:3]), (torch.zeros(2, 2), labels[3:])]
+    assert accuracy(Constant(), batches) == 3 / 5
+
+
+def test_accuracy_of_nothing_is_not_a_number():
+    assert math.isnan(accuracy(Constant(), []))
+
+
+def test_a_good_task_passes_and_its_model_stays(tiny_task):
+    task = tiny_task()
+    before = model_fingerprint(task.model)
+    task.check(task.build_model(), CPU)
+    assert model_fingerprint(task.model) == before
+    assert task.model.training
+
+
+def test_built_models_are_copies_in_evaluation_mode(tiny_task, tiny_net):
+    original = tiny_net()
+    for task in (tiny_task(model=original), tiny_task(model=lambda: original)):
+        built = task.build_model()
+        assert built is not original
+        assert not built.training
+        assert original.training
+        assert model_fingerprint(built) == model_fingerprint(original)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (torch.zeros(3), r"Task\.model is a Tensor\. Give a torch\.nn\.Module"),
+        (lambda: {"weight": 1}, r"returned a dict, not a torch\.nn\.Module"),
+    ],
+)
+def test_what_is_not_a_model_is_refused(tiny_task, model, message):
+    with pytest.raises(TaskError, match=message):
+        tiny_task(model=model).build_model()
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test", "calibration"])
+@pytest.mark.parametrize(
+    "loader", [[], DataLoader(TensorDataset(torch.zeros(0, 1), torch.zeros(0)), batch_size=4)]
+)
+def test_an_empty_loader_is_named(tiny_task, name, loader):
+    assert faults_of(tiny_task(**{name: loader})) == [f"{name} is empty: it yields no batch."]
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test", "calibration"])
+def test_an_iterator_is_refused_untouched(tiny_task, name):
+    batches = iter([(torch.zeros(2, 1, 6, 6), torch.zeros(2, dtype=torch.long))])
+    (fault,) = faults_of(tiny_task(**{name: batches}))
+    assert fault.startswith(f"{name} is an iterator that ends after one pass. Give a DataLoader")
+    assert len(list(batches)) == 1
+
+
+class Broken:
+    def __iter__(self):
+        raise FileNotFoundError("images/0.png")
+
+
+@pytest.mark.parametrize(
+    ("loader", "fault"),
+    [
+        (3, "validation is a int, which cannot be iterated. Give a DataLoader."),
+        (Broken(), "validation raised when its first batch was drawn: FileNotFoundError: images/0.png"),
+        (
+            [torch.zeros(2, 1, 6, 6)],
+            "validation yields Tensor; it must yield (inputs, targets) with a tensor of inputs.",
+        ),
+        (
+            [{"inputs": torch.zeros(2, 1, 6, 6)}],
+            "validation yields dict; it must yield (inputs, targets) with a tensor of inputs.",
+        ),
+    ],
+)
+def test_a_loader_that_yields_no_batches_is_refused(tiny_task, loader, fault):
+    assert faults_of(tiny_task(validation=loader)) == [fault]
+
+
+def test_calibration_needs_no_labels(tiny_task):
+    task = tiny_task(calibration=[torch.zeros(2, 1, 6, 6)])
+    task.check(task.build_model(), CPU)
+
+
+def test_all_faults_come_together(tiny_task):
+    faults = faults_of(tiny_task(train=[], validation=3, example_input=[1.0]))
+    assert faults == [
+        "train is empty: it yields no batch.",
+        "validation is a int, which cannot be iterated. Give a DataLoader.",
+        "example_input is a list, not a torch.Tensor.",
+    ]
+
+
+def test_an_example_of_another_shape_than_the_data_is_refused(tiny_task):
+    (fault,) = faults_of(tiny_task(example_input=torch.zeros(1, 3, 6, 6)))
+    assert "(1, 3, 6, 6)" in fault
+    assert "(16, 1, 6, 6)" in fault
+
+
+def test_a_model_that_does_not_run_on_the_example_is_refused(tiny_task):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    (fault,) = faults_of(tiny_task(model=model))
+    assert fault.startswith("The model does not run on example_input of shape (1, 1, 6, 6): RuntimeError")
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_too_few_outputs_for_the_labels_are_refused(tiny_task, tiny_net, classes):
+    (fault,) = faults_of(tiny_task(model=tiny_net(classes=classes)))
+    assert fault.startswith(
+        "The model's output does not fit train's targets of shape (16,) and type torch.int64"
+    )
+    assert "IndexError" in fault
+
+
+def test_targets_of_another_shape_than_the_output_are_refused(tiny_task):
+    images, labels = torch.zeros(8, 1, 6, 6), torch.zeros(8, 2, dtype=torch.long)
+    (fault,) = faults_of(tiny_task(train=[(images, labels)]))
+    assert fault.startswith("The model's output does not fit train's targets of shape (8, 2)")
+
+
+@pytest.mark.parametrize(
+    ("loss", "seen"),
+    [
+        (lambda outputs, targets: outputs.sum(dim=1), "a tensor of shape (16,)"),
+        (lambda outputs, targets: torch.tensor(math.nan), "tensor(nan)"),
+        (lambda outputs, targets: 0.5, "0.5"),
+    ],
+)
+def test_a_loss_that_is_not_one_finite_number_is_refused(tiny_task, loss, seen):
+    assert faults_of(tiny_task(loss=loss)) == [
+        f"The loss of the first training batch is {seen}, not a tensor of one finite number."
+    ]
+
+
+def test_the_loss_follows_the_device_and_the_original_stays(tiny_task):
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
+    task = tiny_task(loss=weighted)
+    assert task.loss_on(torch.device("meta")).weight.device.type == "meta"
+    assert weighted.weight.device.type == "cpu"
+    assert tiny_task(loss=nn.functional.cross_entropy).loss_on(CPU) is nn.functional.cross_entropy
+
+
+def returning(value):
+    def evaluate(model, loader):
+        return value
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        "0.9",
+        None,
+        True,
+        [0.9],
+        {},
+        torch.tensor([0.1, 0.2]),
+        torch.tensor(math.nan),
+    ],
+)
+def test_a_score_that_is_not_a_finite_number_is_refused(tiny_task, value):
+    task = tiny_task(evaluate=returning(value))
+    with pytest.raises(
+        EvaluationError, match=r"evaluate \(evaluate\) returned .*not a finite number.*higher is"
+    ):
+        task.score(task.build_model())
+
+
+@pytest.mark.parametrize("value", [0.5, 1, -3.0, torch.tensor(0.5), torch.tensor([[2]])])
+def test_any_finite_number_is_a_score(tiny_task, value):
+    task = tiny_task(evaluate=returning(value))
+    assert task.score(task.build_model()) == float(value)
+
+
+def test_an_evaluation_that_raises_is_reported_with_its_cause(tiny_task):
+    def top_five(model, loader):
+        raise KeyError("logits")
+
+    with pytest.raises(EvaluationError, match=r"evaluate \(top_five\) raised KeyError: 'logits'") as caught:
+        tiny_task(evaluate=top_five).score(nn.Identity())
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_score_is_of_the_validation_data_unless_told_otherwise(tiny_task):
+    seen = []
+    task = tiny_task(evaluate=lambda model, loader: seen.append(loader) or 1.0, test=[1])
+    task.score(nn.Identity())
+    task.score(nn.Identity(), task.test)
+    assert seen == [task.validation, task.test]
+
+
+@pytest.mark.parametrize("samples", [1, 16, 40, 64, 1000])
+def test_calibration_draws_as_many_samples_as_asked_or_as_there_are(tiny_task, samples):
+    task = tiny_task()
+    drawn = torch.cat(task.calibration_inputs(samples))
+    assert drawn.shape == (min(samples, 64), 1, 6, 6)
+    assert len(drawn.flatten(1).unique(dim=0)) == len(drawn)
+
+
+def test_calibration_is_fixed_by_its_seed(tiny_task):
+    task = tiny_task()
+    first, again, other = (torch.cat(task.calibration_inputs(20, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_calibration_uses_its_own_loader_with_or_without_labels(tiny_task):
+    inputs = torch.randn(4, 1, 6, 6)
+    for loader in ([inputs], [(inputs, torch.zeros(4))]):
+        (batch,) = tiny_task(calibration=loader).calibration_inputs(8)
+        assert torch.equal(batch, inputs)
+
+
+def test_calibration_with_nothing_to_draw_is_refused(tiny_task):
+    with pytest.raises(TaskError, match="calibration loader yields no example"):
+        tiny_task(calibration=[]).calibration_inputs(8)
+
+
+def test_inputs_are_the_first_of_each_batch():
+    inputs = torch.zeros(2)
+    found = list(inputs_of([inputs, (inputs, 1, 2), [inputs]]))
+    assert [batch is inputs for batch in found] == [True] * 3
