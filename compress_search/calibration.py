@@ -92,6 +92,20 @@ def check_finite(matrix: Tensor, *, layer: str) -> Tensor:
     return matrix
 
 
+def check_weights(model: nn.Module) -> None:
+    """Make sure that all parameters and buffers are finite.
+
+    Raises:
+        ModelError: One is not; it is named.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"The weights {name!r} are not finite: they hold NaN or infinity. Train the model again, or "
+                "load other weights."
+            )
+
+
 def run(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """Run the model over all batches for the sake of its hooks."""
     device = next(model.parameters()).device

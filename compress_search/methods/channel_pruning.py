@@ -9,23 +9,23 @@ included; and the layers that follow are refitted too.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import gram_matrices
+from compress_search.calibration import check_weights
 from compress_search.exceptions import ModelError
-from compress_search.methods.brain_surgeon import Consumer, removal_order
-from compress_search.methods.coupling import CoupledGroup, Coupling, Member, find_coupling, keep_blocks
+from compress_search.methods.channel_choice import choose_blocks
+from compress_search.methods.coupling import CoupledGroup, Coupling, find_coupling, keep_blocks
 from compress_search.methods.method import Compressed, Sizes, Unit
-from compress_search.patches import has_patches, input_patches
+from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
-from compress_search.surgery import channel_count, is_depthwise
+from compress_search.surgery import SIDES, carries_channels, channel_count
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class ChannelPruning:
         self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()
     ) -> ChannelPruningAnalysis:
         """Find the groups of coupled channels that can be pruned."""
+        check_weights(model)
         coupling = find_coupling(model, example_input, ignore=ignore)
         return ChannelPruningAnalysis(model, profile_model(model, example_input), coupling, frozenset(ignore))
 
@@ -88,14 +89,7 @@ class ChannelPruningAnalysis:
                 limit = f"[1, {groups[name].size}]" if name in groups else "a group of this model"
                 raise ModelError(f"Group {name!r} cannot be pruned to {size} blocks; allowed: {limit}.")
         pruned = [group for group in self.coupling.groups if sizes.get(group.name, group.size) < group.size]
-        moments = self._input_moments(pruned, batches)
-        kept = {}
-        for group in pruned:
-            if batches:
-                consumers = [self._consumer(member, moments[member.layer]) for member in group.consumers]
-                kept[group.name] = removal_order(consumers).kept(sizes[group.name])
-            else:
-                kept[group.name] = self._largest_blocks(group, sizes[group.name])
+        kept = choose_blocks(self.model, pruned, sizes, batches)
         edits = keep_blocks(self.model, pruned, kept)
         step = PlanStep(
             method="channel_pruning",
@@ -109,56 +103,11 @@ class ChannelPruningAnalysis:
 
     def _macs_without(self, layer: LayerProfile, removed: Mapping[tuple[str, str], int]) -> int:
         module = self.model.get_submodule(layer.name)
-        outputs = channel_count(module, "outputs")
-        macs = layer.macs // outputs * (outputs - removed.get((layer.name, "outputs"), 0))
-        if is_depthwise(module):
-            return macs
-        inputs = channel_count(module, "inputs")
-        return macs // inputs * (inputs - removed.get((layer.name, "inputs"), 0))
-
-    def _input_moments(self, groups: Sequence[CoupledGroup], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Second moments of the input patches of every consumer, ``(features + 1, features + 1)``."""
-        names = {member.layer for group in groups for member in group.consumers}
-        if not batches or not names:
-            return {}
-        views = {}
-        for name in names:
-            layer = self.model.get_submodule(name)
-            views[name] = lambda inputs, layer=layer: input_patches(layer, inputs)
-        return {name: moment[0] for name, moment in gram_matrices(self.model, views, batches).items()}
-
-    def _consumer(self, member: Member, moments: Tensor) -> Consumer:
-        layer = self.model.get_submodule(member.layer)
-        weight = layer.weight
-        assert isinstance(weight, nn.Parameter)
-        # The mean of what is removed can be made good by the bias, so the covariance is what counts.
-        mean = (
-            moments[:-1, -1] if isinstance(layer.bias, nn.Parameter) else torch.zeros_like(moments[:-1, -1])
-        )
-        positions = weight[0, 0].numel()
-        kernel = torch.arange(positions, device=weight.device)
-        channels = torch.as_tensor(member.blocks, device=weight.device)
-        features = (channels[:, :, None] * positions + kernel).flatten(1)
-        return Consumer(
-            covariance=moments[:-1, :-1] - torch.outer(mean, mean),
-            weights=weight.detach().double().flatten(1).T,
-            blocks=features,
-        )
-
-    def _largest_blocks(self, group: CoupledGroup, size: int) -> tuple[int, ...]:
-        """The data-free choice: blocks of the largest weights (Li et al. 2017, summed over the group)."""
-        scores = torch.zeros(group.size, dtype=torch.float64)
-        for member in group.members:
-            layer = self.model.get_submodule(member.layer)
-            weight = layer.weight
-            assert isinstance(weight, nn.Parameter)
-            if weight.ndim < 2:
-                continue
-            axis = 0 if member.side == "outputs" else 1
-            energy = weight.detach().double().cpu().movedim(axis, 0).flatten(1).square().sum(dim=1)
-            blocks = torch.as_tensor(member.blocks)
-            scores += energy[blocks].sum(dim=1) / energy.sum().clamp_min(1e-300)
-        return tuple(sorted(scores.topk(size).indices.tolist()))
+        sides = ("outputs",) if carries_channels(module) else SIDES
+        before = [channel_count(module, side) for side in sides]
+        after = [n - removed.get((layer.name, side), 0) for n, side in zip(before, sides, strict=True)]
+        # Only the whole product is surely divisible: a grouped layer has fewer weights than channel pairs.
+        return layer.macs * math.prod(after) // math.prod(before)
 
     def _refits(self, groups: Sequence[CoupledGroup], edits: Sequence[KeepChannels]) -> list[Refit]:
         """The first consumer and all layers after it: consumers lost inputs, the others get changed ones."""
@@ -168,6 +117,6 @@ class ChannelPruningAnalysis:
         return [
             Refit(layer.name, source=layer.name, outputs=outputs.get(layer.name), calls=len(layer.calls))
             for layer in layers
-            if layer.name in consumers
-            or (layer.name not in self.ignore and has_patches(self.model, layer.name))
+            if has_patches(self.model, layer.name)
+            and (layer.name in consumers or layer.name not in self.ignore)
         ]

@@ -8,29 +8,19 @@ those maps become *blocks*: the smallest sets of channels that can be removed wi
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
-from torch_pruning import DependencyGraph
-from torch_pruning.ops import OPTYPE, _OutputOp
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compress_search.exceptions import ModelError
+from compress_search.methods.channel_tracing import Channel, TracedGroup, merged_by_carriers, trace_channels
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
-from compress_search.profile import COUNTED_LAYERS, inference_mode_of
-from compress_search.surgery import can_keep_channels, channel_count, is_depthwise
-
-_WITHOUT_CHANNELS_OF_THEIR_OWN = (
-    OPTYPE.CONCAT,
-    OPTYPE.SPLIT,
-    OPTYPE.ELEMENTWISE,
-    OPTYPE.RESHAPE,
-    OPTYPE.EXPAND,
-    OPTYPE.UNBIND,
-    OPTYPE.SLICE,
-)
+from compress_search.profile import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, inference_mode_of
+from compress_search.surgery import SIDES, carries_channels, channel_count, chunks
 
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -94,8 +84,8 @@ class Coupling:
 def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()) -> Coupling:
     """Find every group of channels that can be pruned.
 
-    Each group is tried: its first block is removed and the network is run. A group without which the
-    network fails, or gives an output of another shape, is left alone.
+    The groups are tried: without their first blocks the network must run, and give exactly what it gives
+    when nothing listens to those channels. A group for which that does not hold is left alone.
 
     Args:
         model: The model. It is not changed.
@@ -105,31 +95,22 @@ def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection
     Raises:
         ModelError: torch-pruning cannot trace the model.
     """
-    graph, traced = _trace(model, example_input)
-    names = {module: name for name, module in traced.named_modules()}
     groups: list[CoupledGroup] = []
     reasons: dict[str, str] = {}
-    for items in graph.get_all_groups(root_module_types=COUNTED_LAYERS):
-        makers = [
-            names[item.dep.target.module]
-            for item in items
-            if isinstance(item.dep.target.module, COUNTED_LAYERS)
-            and graph.is_out_channel_pruning_fn(item.dep.handler)
-        ]
-        asked = [name for name in makers if name in ignore]
-        found = f"you asked to leave {asked[0]} alone" if asked else _as_group(items, graph, names)
+    for traced in merged_by_carriers(model, trace_channels(model, example_input)):
+        asked = [name for name in traced.makers if name in ignore]
+        found = f"you asked to leave {asked[0]} alone" if asked else _as_group(model, traced)
         if isinstance(found, str):
-            reasons |= dict.fromkeys(makers, found)
+            reasons |= dict.fromkeys(traced.makers, found)
         else:
             groups.append(found)
     working = []
-    for group in groups:
-        fault = _fault_without_first_block(model, example_input[:1], group)
+    for group, fault in _tried(model, example_input[:1], groups):
         if fault:
             reasons |= dict.fromkeys((m.layer for m in group.members if m.side == "outputs"), fault)
         else:
             working.append(group)
-    position = {name: number for number, name in enumerate(names.values())}
+    position = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return Coupling(tuple(sorted(working, key=lambda g: position[g.name])), reasons)
 
 
@@ -163,108 +144,117 @@ def keep_blocks(
     return tuple(edits)
 
 
-def _trace(model: nn.Module, example_input: Tensor) -> tuple[DependencyGraph, nn.Module]:
-    traced = copy.deepcopy(model).eval()
-    # The graph is read off autograd's, so frozen parameters must take part too.
-    for parameter in traced.parameters():
-        parameter.requires_grad_(True)
-    graph = DependencyGraph()
-    try:
-        with torch.enable_grad():
-            graph.build_dependency(traced, example_inputs=example_input[:1], verbose=False)
-    except Exception as error:
-        raise ModelError(
-            f"torch-pruning cannot trace {type(model).__name__} ({type(error).__name__}: {error}), so its "
-            "channels cannot be pruned. Leave channel_pruning out of methods; the SVD methods need no trace."
-        ) from error
-    return graph, traced
+def _as_group(model: nn.Module, traced: TracedGroup) -> CoupledGroup | str:
+    """Turn tied channels into blocks, or say why they cannot be pruned.
 
-
-def _as_group(items: Any, graph: DependencyGraph, names: Mapping[nn.Module, str]) -> CoupledGroup | str:
-    """Turn torch-pruning's group into blocks, or say why it cannot be pruned.
-
-    Each item lists pairs (channel of a module, channel of the group's root). Two root channels that meet in
-    one channel of any module belong to the same block.
+    Channels belong to one block if a chain of ties joins them. Chunks that must stay equally wide are tied
+    position by position; a convolution that carries groups is tied group by group.
     """
-    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for item in items:
-        target = item.dep.target
-        if target.type in _WITHOUT_CHANNELS_OF_THEIR_OWN:
-            continue
-        module = target.module
-        if isinstance(module, _OutputOp):
-            return "it makes the network's output"
-        if not isinstance(module, nn.Module) or module not in names or not can_keep_channels(module):
-            kind = type(module).__name__ if isinstance(module, nn.Module) else "bare parameter"
-            return f"its channels meet a {kind} that cannot be cut ({names.get(module, target.name)})"
-        carries = graph.is_out_channel_pruning_fn(item.dep.handler) or _has_one_side(module)
-        pairs.setdefault((names[module], "outputs" if carries else "inputs"), []).extend(
-            zip(item.idxs, item.root_idxs, strict=True)
-        )
-    if not any(side == "inputs" for _, side in pairs):
+    if traced.fault:
+        return traced.fault
+    if not any(side == "inputs" and not carries_channels(model.get_submodule(n)) for n, side in traced.sides):
         return "it makes the network's output"
-    block_of = _merged_blocks(list(pairs.values()))
+    ties = DisjointSet(traced.channels)
+    for channel, root in traced.ties:
+        ties.merge(channel, root)
+    for layer, side in traced.sides:
+        for one, other in _ties_within(model.get_submodule(layer), layer, side):
+            if one in ties and other in ties:
+                ties.merge(one, other)
+    blocks = [[channel for channel in subset if isinstance(channel, Channel)] for subset in ties.subsets()]
     members = []
-    for (layer, side), list_of_pairs in pairs.items():
-        blocks: dict[int, set[int]] = {block: set() for block in sorted(set(block_of.values()))}
-        for channel, root in list_of_pairs:
-            blocks[block_of[root]].add(channel)
-        if not all(blocks.values()):
+    for layer, side in sorted(traced.sides, key=_position_in(model)):
+        if side == "inputs" and carries_channels(model.get_submodule(layer)):
+            continue
+        own = [sorted(c.number for c in block if (c.layer, c.side) == (layer, side)) for block in blocks]
+        if not all(own):
             return f"its channels reach {layer} only in part"
-        if len({len(block) for block in blocks.values()}) > 1:
+        if len({len(block) for block in own}) > 1:
             return f"its blocks of channels differ in width at {layer}"
-        members.append(Member(layer, side, tuple(tuple(sorted(block)) for block in blocks.values())))
-    if len(members[0].blocks) < 2:
+        members.append((layer, side, own))
+    if len(blocks) < 2:
         return "all its channels hang together"
-    position = {name: number for number, name in enumerate(names.values())}
-    members.sort(key=lambda member: position[member.layer])
-    name = next(m.layer for m in members if m.side == "outputs")
-    return CoupledGroup(name, tuple(members))
+    order = sorted(range(len(blocks)), key=lambda block: members[0][2][block])
+    return CoupledGroup(
+        name=next(layer for layer, side, _ in members if side == "outputs"),
+        members=tuple(
+            Member(layer, side, tuple(tuple(own[block]) for block in order)) for layer, side, own in members
+        ),
+    )
 
 
-def _has_one_side(module: nn.Module) -> bool:
-    return is_depthwise(module) or not isinstance(module, COUNTED_LAYERS)
+def _position_in(model: nn.Module) -> Callable[[tuple[str, str]], tuple[int, str]]:
+    position = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return lambda layer_and_side: (position[layer_and_side[0]], layer_and_side[1])
 
 
-def _merged_blocks(lists_of_pairs: list[list[tuple[int, int]]]) -> dict[int, int]:
-    """Union the root channels that share a channel of some module.
-
-    Returns:
-        For each root channel, the lowest root channel of its block.
-    """
-    parent: dict[int, int] = {}
-
-    def find(root: int) -> int:
-        while parent.setdefault(root, root) != root:
-            parent[root] = parent[parent[root]]
-            root = parent[root]
-        return root
-
-    for pairs in lists_of_pairs:
-        first_root: dict[int, int] = {}
-        for channel, root in pairs:
-            one, other = find(first_root.setdefault(channel, root)), find(root)
-            parent[max(one, other)] = min(one, other)
-    return {root: find(root) for root in list(parent)}
+def _ties_within(module: nn.Module, layer: str, side: str) -> Iterator[tuple[Channel, Channel]]:
+    """Channels of one module that can only go together."""
+    if carries_channels(module) and isinstance(module, CONVOLUTIONS):
+        width = {name: channel_count(module, name) // module.groups for name in SIDES}
+        for index in range(channel_count(module, side)):
+            yield (
+                Channel(layer, side, index),
+                Channel(layer, "outputs", index // width[side] * width["outputs"]),
+            )
+        return
+    channels, number = channel_count(module, side), chunks(module, side)
+    for index in range(channels if number > 1 else 0):
+        yield Channel(layer, side, index), Channel(layer, side, index % (channels // number))
 
 
-def _fault_without_first_block(model: nn.Module, example: Tensor, group: CoupledGroup) -> str:
-    edits = keep_blocks(model, [group], {group.name: range(1, group.size)})
+def _tried(
+    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]
+) -> list[tuple[CoupledGroup, str]]:
+    """Try all groups at once, and one by one only if that fails."""
+    if not groups or not _fault_without_first_blocks(model, example, groups):
+        return [(group, "") for group in groups]
+    return [(group, _fault_without_first_blocks(model, example, [group])) for group in groups]
+
+
+def _fault_without_first_blocks(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str:
+    """What goes wrong when the first block of each group is removed."""
+    edits = keep_blocks(model, groups, {group.name: range(1, group.size) for group in groups})
     step = PlanStep(method="channel_pruning", mac_ratio=1.0, edits=edits)
     try:
         pruned = apply_plan(model, CompressionPlan((step,)))
-        with inference_mode_of(model), inference_mode_of(pruned):
-            before, after = model(example), pruned(example)
+        with inference_mode_of(pruned):
+            after = pruned(example)
     except Exception as error:
         return f"without one of its channels the network fails ({type(error).__name__}: {error})"
-    if _shapes(before) != _shapes(after):
+    silenced = copy.deepcopy(model)
+    for group in groups:
+        for member in group.consumers:
+            _silence(silenced.get_submodule(member.layer), member.blocks[0])
+    with inference_mode_of(silenced):
+        wanted = silenced(example)
+    if tree_map_only(Tensor, lambda t: t.shape, after) != tree_map_only(Tensor, lambda t: t.shape, wanted):
         return "it makes the network's output"
-    return ""
+    renormalised = any(
+        isinstance(model.get_submodule(member.layer), nn.LayerNorm | nn.GroupNorm)
+        for group in groups
+        for member in group.members
+    )
+    # Normalisation across channels changes with what it normalises over, and rightly so.
+    if renormalised or all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
+        return ""
+    return "its channels are tied in a way that torch-pruning's graph does not show"
 
 
-def _shapes(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return tuple(output.shape)
-    if isinstance(output, Mapping):
-        return {key: _shapes(value) for key, value in output.items()}
-    return [_shapes(value) for value in output] if isinstance(output, list | tuple) else None
+def _silence(consumer: nn.Module, channels: Collection[int]) -> None:
+    """Make a layer deaf to some of its input channels, in place."""
+    weight = consumer.weight
+    assert isinstance(weight, nn.Parameter)
+    with torch.no_grad():
+        if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
+            weight[list(channels)] = 0.0
+        else:
+            # The same positions in every group, which is how a block of a grouped convolution is made.
+            weight[:, sorted({channel % weight.shape[1] for channel in channels})] = 0.0
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor):
+        return bool(one == other)
+    scale = float(other.abs().max()) if other.numel() else 1.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * max(scale, 1e-6), equal_nan=True)

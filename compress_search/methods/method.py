@@ -111,4 +111,7 @@ class Method(Protocol):
             model: The model. It is not changed.
             example_input: ``(batch, ...)``.
             ignore: Names of layers to leave alone.
+
+        Raises:
+            ModelError: The model does not run, cannot be traced, or has weights that are not finite.
         """

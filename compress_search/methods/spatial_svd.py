@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.weight_svd import split_channels
@@ -32,6 +33,7 @@ class SpatialSVD:
         self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()
     ) -> FactorisationAnalysis:
         """Find the convolutions that spatial SVD can make cheaper."""
+        check_weights(model)
         profile = profile_model(model, example_input)
         return FactorisationAnalysis(self.name, model, profile, frozenset(ignore), split_axes)
 

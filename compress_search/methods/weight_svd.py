@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.profile import COUNTED_LAYERS, profile_model
@@ -30,6 +31,7 @@ class WeightSVD:
         self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()
     ) -> FactorisationAnalysis:
         """Find the layers that weight SVD can make cheaper."""
+        check_weights(model)
         profile = profile_model(model, example_input)
         return FactorisationAnalysis(self.name, model, profile, frozenset(ignore), split_channels)
 

@@ -126,9 +126,15 @@ def test_a_size_that_does_not_fit_is_refused(method, size):
 def test_weights_that_are_not_finite_are_refused(method):
     model = copy.deepcopy(zoo.build("Residual"))
     model.stem.weight.data[0] = float("nan")
-    analysis = method.analyse(model, EXAMPLE)
-    with pytest.raises(ModelError, match="not finite"):
-        analysis.apply(select_uniform(analysis, 0.5), _batches(64))
+    with pytest.raises(ModelError, match=r"'stem.weight' are not finite"):
+        method.analyse(model, EXAMPLE)
+
+
+@every_method
+def test_activations_that_are_not_finite_are_refused(method):
+    analysis = method.analyse(zoo.build("Residual"), EXAMPLE)
+    with pytest.raises(ModelError, match="are not finite"):
+        analysis.apply(select_uniform(analysis, 0.5), [torch.full((4, *zoo.EXAMPLE_SHAPE[1:]), torch.inf)])
 
 
 @every_method

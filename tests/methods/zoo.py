@@ -105,8 +105,49 @@ class DenseOutput(nn.Module):
         return self.head(functional.relu(self.up(torch.cat([shallow, deep], dim=1))))
 
 
+class Grouped(nn.Module):
+    """Convolutions of many small groups (ResNeXt) and of few large ones (AlexNet), with group norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16)
+        self.small = nn.Conv2d(16, 24, 3, padding=1, groups=8)
+        self.mix, self.bn = nn.Conv2d(24, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.large = nn.Conv2d(16, 12, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(12, 8, 2, stride=2)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.stem(x)))
+        x = functional.silu(self.bn(self.mix(functional.relu(self.small(x)))))
+        return self.head(functional.relu(self.up(functional.relu(self.large(x)))))
+
+
+class Shuffled(nn.Module):
+    """ShuffleNet's split, branch, concatenation and channel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.branch = nn.Sequential(nn.Conv2d(4, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 4, 1))
+        self.mix = nn.Conv2d(8, 12, 3, padding=1)
+        self.head = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = functional.relu(self.stem(x)).chunk(2, dim=1)
+        x = torch.cat([one, self.branch(other)], dim=1)
+        batch, channels, height, width = x.shape
+        x = (
+            x.view(batch, 2, channels // 2, height, width)
+            .transpose(1, 2)
+            .reshape(batch, channels, height, width)
+        )
+        return self.head(functional.relu(self.mix(x)))
+
+
 ZOO: dict[str, type[nn.Module]] = {
-    net.__name__: net for net in (Residual, Concatenation, DepthwiseWithGate, Reused, DenseOutput)
+    net.__name__: net
+    for net in (Residual, Concatenation, DepthwiseWithGate, Reused, DenseOutput, Grouped, Shuffled)
 }
 EXAMPLE_SHAPE = (1, 3, 16, 16)
 

@@ -1,0 +1,102 @@
+"""Which blocks of a group of coupled channels to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compress_search.calibration import gram_matrices
+from compress_search.methods.brain_surgeon import Consumer, removal_order
+from compress_search.methods.coupling import CoupledGroup, Member
+from compress_search.patches import has_patches, input_patches
+from compress_search.profile import TRANSPOSED_CONVOLUTIONS
+from compress_search.surgery import chunks
+
+
+def choose_blocks(
+    model: nn.Module,
+    groups: Sequence[CoupledGroup],
+    sizes: Mapping[str, int],
+    batches: Sequence[Tensor],
+) -> dict[str, tuple[int, ...]]:
+    """Choose the blocks of each group that stay.
+
+    With data, the structured optimal brain surgeon orders the blocks by what their consumers lose, all
+    consumers together. Without data, or where no consumer's inputs can be unfolded, the blocks of the
+    largest weights stay.
+
+    Args:
+        model: The model.
+        groups: The groups to prune.
+        sizes: How many blocks each keeps, by name.
+        batches: Calibration inputs, each ``(batch, ...)``; empty for the data-free choice.
+
+    Returns:
+        Indices of the blocks that stay, in ascending order, by group name.
+    """
+    moments = _input_moments(model, groups, batches)
+    kept = {}
+    for group in groups:
+        consumers = [
+            consumer
+            for member in group.consumers
+            if member.layer in moments
+            for consumer in _consumers(model.get_submodule(member.layer), member, moments[member.layer])
+        ]
+        size = sizes[group.name]
+        kept[group.name] = removal_order(consumers).kept(size) if consumers else _largest(model, group, size)
+    return kept
+
+
+def _input_moments(
+    model: nn.Module, groups: Sequence[CoupledGroup], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Second moments of every consumer's input patches, ``(chunks, features + 1, features + 1)``."""
+    names = {member.layer for group in groups for member in group.consumers}
+    views = {}
+    for name in sorted(names):
+        if has_patches(model, name):
+            layer = model.get_submodule(name)
+            views[name] = lambda inputs, layer=layer: input_patches(layer, inputs)
+    return gram_matrices(model, views, batches) if batches and views else {}
+
+
+def _consumers(layer: nn.Module, member: Member, moments: Tensor) -> list[Consumer]:
+    """One consumer for each group of a layer: each sees its own part of every block."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    number = chunks(layer, "inputs")
+    width, kernel = weight.shape[1], weight[0, 0].numel()
+    rows = weight.detach().double().flatten(1).reshape(number, -1, width * kernel)
+    found = []
+    for chunk in range(number):
+        own = [[c % width for c in block if c // width == chunk] for block in member.blocks]
+        channels = torch.as_tensor(own, device=weight.device)
+        taps = torch.arange(kernel, device=weight.device)
+        covariance = moments[chunk, :-1, :-1]
+        if isinstance(layer.bias, nn.Parameter):
+            # The bias can make good the mean of what is removed.
+            mean = moments[chunk, :-1, -1]
+            covariance = covariance - torch.outer(mean, mean)
+        features = (channels[:, :, None] * kernel + taps).flatten(1)
+        found.append(Consumer(covariance, weights=rows[chunk].T, blocks=features))
+    return found
+
+
+def _largest(model: nn.Module, group: CoupledGroup, size: int) -> tuple[int, ...]:
+    """Blocks of the largest weights (Li et al. 2017, *Pruning filters*), shares of all members summed."""
+    scores = torch.zeros(group.size, dtype=torch.float64)
+    for member in group.members:
+        layer = model.get_submodule(member.layer)
+        weight = layer.weight
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
+            continue
+        output_axis = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
+        axis = output_axis if member.side == "outputs" else 1 - output_axis
+        energy = weight.detach().double().cpu().movedim(axis, 0).flatten(1).square().sum(dim=1)
+        # A grouped layer's weight holds the input channels of one group only.
+        blocks = torch.as_tensor(member.blocks) % len(energy)
+        scores += energy[blocks].sum(dim=1) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    return tuple(sorted(scores.topk(size).indices.tolist()))

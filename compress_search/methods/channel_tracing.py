@@ -1,0 +1,175 @@
+"""Which channels are tied to each other, as torch-pruning's dependency graph says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch_pruning import DependencyGraph
+from torch_pruning.dependency import index_mapping
+from torch_pruning.ops import OPTYPE, _OutputOp
+
+from compress_search.exceptions import ModelError
+from compress_search.profile import CONVOLUTIONS, COUNTED_LAYERS
+from compress_search.surgery import can_keep_channels, carries_channels
+
+_WITHOUT_CHANNELS_OF_THEIR_OWN = (
+    OPTYPE.CONCAT,
+    OPTYPE.SPLIT,
+    OPTYPE.ELEMENTWISE,
+    OPTYPE.RESHAPE,
+    OPTYPE.EXPAND,
+    OPTYPE.UNBIND,
+    OPTYPE.SLICE,
+)
+
+
+class Channel(NamedTuple):
+    """One channel of one side of a module."""
+
+    layer: str
+    side: str
+    number: int
+
+
+class Root(NamedTuple):
+    """One channel of the layer that a traced group starts from; what maps to the same root is tied."""
+
+    group: int
+    number: int
+
+
+@dataclass(frozen=True)
+class TracedGroup:
+    """Channels that the graph ties together.
+
+    Attributes:
+        makers: Counted layers whose output channels are among them.
+        sides: The modules and sides that have such channels.
+        ties: Pairs that go together.
+        fault: Why they cannot be pruned; empty if they can.
+    """
+
+    makers: tuple[str, ...]
+    sides: frozenset[tuple[str, str]]
+    ties: tuple[tuple[Channel, Root], ...]
+    fault: str
+
+    @property
+    def channels(self) -> set[Channel | Root]:
+        """All channels and roots that appear in the ties."""
+        return {end for tie in self.ties for end in tie}
+
+
+def trace_channels(model: nn.Module, example_input: Tensor) -> list[TracedGroup]:
+    """Trace a model and return its groups of tied channels.
+
+    Args:
+        model: The model. It is not changed.
+        example_input: ``(batch, ...)``.
+
+    Raises:
+        ModelError: torch-pruning cannot trace the model.
+    """
+    traced = copy.deepcopy(model).eval()
+    # The graph is read off autograd's, so frozen parameters must take part too.
+    for parameter in traced.parameters():
+        parameter.requires_grad_(True)
+    graph = DependencyGraph()
+    names = {module: name for name, module in traced.named_modules()}
+    try:
+        with torch.enable_grad(), _reshapes_that_cannot_be_mapped_are_skipped():
+            graph.build_dependency(traced, example_inputs=example_input[:1], verbose=False)
+            found = list(graph.get_all_groups(root_module_types=COUNTED_LAYERS))
+    except Exception as error:
+        raise ModelError(
+            f"torch-pruning cannot trace {type(model).__name__} ({type(error).__name__}: {error}), so its "
+            "channels cannot be pruned. Leave channel_pruning out of methods; the SVD methods need no trace."
+        ) from error
+    return [_traced_group(number, items, graph, names) for number, items in enumerate(found)]
+
+
+def merged_by_carriers(model: nn.Module, groups: Iterable[TracedGroup]) -> list[TracedGroup]:
+    """Merge the groups before and after each grouped convolution that carries its channels.
+
+    torch-pruning sees two sides in such a convolution, unless it is depthwise; here they are one.
+
+    Args:
+        model: The model that was traced.
+        groups: Its groups.
+    """
+    merged: list[TracedGroup] = []
+    for group in groups:
+        carriers = _carriers(model, group)
+        together = [other for other in merged if carriers & _carriers(model, other)]
+        merged = [other for other in merged if other not in together]
+        parts = [*together, group]
+        merged.append(
+            TracedGroup(
+                makers=tuple(name for part in parts for name in part.makers),
+                sides=frozenset().union(*(part.sides for part in parts)),
+                ties=tuple(tie for part in parts for tie in part.ties),
+                fault=next((part.fault for part in parts if part.fault), ""),
+            )
+        )
+    return merged
+
+
+def _carriers(model: nn.Module, group: TracedGroup) -> set[str]:
+    modules = {layer: model.get_submodule(layer) for layer, _ in group.sides}
+    return {n for n, m in modules.items() if isinstance(m, CONVOLUTIONS) and carries_channels(m)}
+
+
+def _traced_group(
+    number: int, items: Any, graph: DependencyGraph, names: Mapping[nn.Module, str]
+) -> TracedGroup:
+    makers, sides, fault = [], set(), ""
+    ties: list[tuple[Channel, Root]] = []
+    for item in items:
+        target = item.dep.target
+        if target.type in _WITHOUT_CHANNELS_OF_THEIR_OWN:
+            continue
+        module, is_output = target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
+        if is_output and isinstance(module, COUNTED_LAYERS):
+            makers.append(names[module])
+        if isinstance(module, _OutputOp):
+            fault = fault or "it makes the network's output"
+        elif not isinstance(module, nn.Module) or module not in names or not can_keep_channels(module):
+            kind = type(module).__name__ if isinstance(module, nn.Module) else "bare parameter"
+            where = names.get(module, target.name)
+            fault = fault or f"its channels meet a {kind} that cannot be cut ({where})"
+        else:
+            side = "outputs" if is_output or not isinstance(module, COUNTED_LAYERS) else "inputs"
+            sides.add((names[module], side))
+            ties += [
+                (Channel(names[module], side, channel), Root(number, root))
+                for channel, root in zip(item.idxs, item.root_idxs, strict=True)
+            ]
+    return TracedGroup(tuple(dict.fromkeys(makers)), frozenset(sides), tuple(ties), fault)
+
+
+@contextmanager
+def _reshapes_that_cannot_be_mapped_are_skipped() -> Iterator[None]:
+    """Let torch-pruning 1.6 go on at a reshape whose channels it cannot count.
+
+    Channel shuffles (ShuffleNet) make it divide by zero. Whatever is then tied wrongly is found when the
+    groups are tried.
+    """
+    original = index_mapping.update_reshape_index_mapping
+
+    def tolerant(graph: Any, node: Any) -> None:
+        try:
+            original(graph, node)
+        except ZeroDivisionError:
+            return
+
+    index_mapping.update_reshape_index_mapping = tolerant
+    try:
+        yield
+    finally:
+        index_mapping.update_reshape_index_mapping = original
