@@ -50,8 +50,9 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
         raise ModelError(
-            f"The weights {str(path)!r} do not fit {type(model).__name__}: {error}. "
+            f"The weights {str(path)!r} do not fit {type(model).__name__}: {first} "
             "They were saved from another architecture: delete the file, or use another path."
         ) from error
 
@@ -72,6 +73,6 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
             )
     # safetensors refuses tensors that share memory or are not contiguous; fresh copies are neither.
     return {
-        name: tensor.detach().to("cpu", copy=True).clone(memory_format=torch.contiguous_format)
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
