@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import yaml
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
-from compress_search.exceptions import ConfigError, TaskError
+from compress_search.exceptions import ConfigError, StudyError, TaskError
 from compress_search.search.settings import SearchSettings
+from compress_search.search.storage import parse_url
+from compress_search.search.study import check_name, choose_device
 from compress_search.task import Task
 from compress_search.task_path import load_task, resolve_task_path
 from compress_search.workspace import write_text_atomically
 from compress_search.yaml_settings import apply_overrides, build, parse_yaml, unknown_keys
+
+T = TypeVar("T")
 
 _SEARCH_KEYS = tuple(item.name for item in dataclasses.fields(SearchSettings))
 
@@ -67,17 +67,11 @@ class StudyConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        faults = []
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name) or self.name in ("stages", "study.db"):
-            faults.append(
-                f"name is {self.name!r}; it names a folder of the workspace: use letters, digits and . _ - "
-                "(not 'stages' or 'study.db')."
-            )
+        faults = [*_faults_of(check_name, self.name), *_faults_of(choose_device, self.device)]
         if self.n_trials < 1:
             faults.append(f"n_trials is {self.n_trials!r}; it must be 1 or more.")
         if self.max_drop is not None and not math.isfinite(self.max_drop):
             faults.append(f"max_drop is {self.max_drop!r}; it must be a number (0.01 is one point), or null.")
-        faults += _device_faults(self.device)
         if faults:
             raise ConfigError(faults)
 
@@ -157,6 +151,14 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _faults_of(check: Callable[[T], object], value: T) -> list[str]:
+    try:
+        check(value)
+    except StudyError as error:
+        return [str(error)]
+    return []
+
+
 def _inherit_fine_tune(values: dict[str, Any]) -> None:
     """What ``final_fine_tune`` does not say is as in ``fine_tune``."""
     first, final = values.get("fine_tune"), values.get("final_fine_tune")
@@ -176,30 +178,14 @@ def _resolve_places(values: dict[str, Any], folder: Path) -> list[str]:
     if isinstance(storage, str):
         try:
             values["storage"] = _absolute_sqlite(storage)
-        except ArgumentError:
-            # The value is not shown: it may hold a password.
-            faults.append("storage is not the URL of a database; write, for example, sqlite:///studies.db.")
+        except StudyError as error:
+            faults.append(str(error))
     return faults
 
 
 def _absolute_sqlite(storage: str) -> str:
-    url = make_url(storage)
+    url = parse_url(storage)
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
         return storage
     assert url.database is not None
     return url.set(database=str(Path(url.database).resolve())).render_as_string(hide_password=False)
-
-
-def _device_faults(device: str | None) -> list[str]:
-    if device is None:
-        return []
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        return [f"device is {device!r}; it must be, for example, cpu, cuda or cuda:1."]
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        return [
-            f"device is {device!r}, but PyTorch sees {count} CUDA devices here. Use cpu, or leave it out."
-        ]
-    return []

@@ -89,9 +89,9 @@ def test_all_faults_are_reported_together(write: Write) -> None:
         "target is 1.5; it must be in (0, 1)",
         "methods names 'spatial_sdv', which does not exist. Did you mean 'spatial_svd'?",
         "n_trials is 'many'; it must be a whole number.",
-        "name is 'a/b'; it names a folder of the workspace",
+        "The study's name is 'a/b'; it names a folder of the workspace",
         "max_drop is nan; it must be a number",
-        "device is 'warp'; it must be, for example, cpu",
+        "device is 'warp'; write, for example, cpu",
         "there is no file",
     ):
         assert fault in faults
@@ -182,4 +182,4 @@ def test_the_workspace_is_relative_to_the_current_folder(
 
 @pytest.mark.parametrize("name", ["stages", "study.db", "../up", "", ".hidden", "a b"])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(write: Write, name: str) -> None:
-    assert faults_of(write(MINIMAL), f"name='{name}'")[0].startswith(f"name is {name!r}")
+    assert faults_of(write(MINIMAL), f"name='{name}'")[0].startswith(f"The study's name is {name!r}")

@@ -23,6 +23,14 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the report."""
-    files = find_study(args).open().report()
+    place = find_study(args)
+    from compress_search.cli.answer import choose
+    from compress_search.cli.log import logging_to_terminal
+
+    with logging_to_terminal():
+        config = place.config() if place.has_config else None
+        study = place.open(config.load_task() if config else None)
+        chosen = choose(study, config.max_drop if config else None)[0] if len(study.front()) else None
+        files = study.report(chosen)
     print("\n".join(str(path) for path in (files.page, files.plot, files.picture, files.table)))
     return 0

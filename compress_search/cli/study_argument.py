@@ -70,8 +70,18 @@ class StudyPlace:
         """
         from compress_search.search.study import load_study
 
-        storage = self.config().storage if self.has_config else self.storage
-        return load_study(self.folder.name, task, workspace=self.folder.parent, storage=storage)
+        return load_study(self.folder.name, task, workspace=self.folder.parent, storage=self._storage())
+
+    def _storage(self) -> str | None:
+        # Not through config(): a study can be looked at where its task or its GPU is not to be had.
+        if self.storage is not None or not self.has_config:
+            return self.storage
+        from compress_search.yaml_settings import parse_yaml
+
+        path = self.folder / "config.yaml"
+        values = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+        storage: str | None = values.get("storage")
+        return storage
 
 
 def add_study_argument(parser: argparse.ArgumentParser) -> None:

@@ -33,12 +33,13 @@ def main(args: argparse.Namespace) -> int:
     from compress_search.config import StudyConfig
     from compress_search.methods import METHODS
     from compress_search.profile import profile_model
+    from compress_search.search.study import choose_device
 
     config = StudyConfig.load(args.config, args.overrides)
     with logging_to_terminal():
         task = config.load_task()
         model = task.build_model()
-        task.check(model, config.torch_device())
+        task.check(model, choose_device(config.device))
         profile = profile_model(model, task.example_input, warn=True)
         analyses = {name: METHODS[name].analyse(model, task.example_input) for name in config.search.methods}
         accuracy = task.score(model)

@@ -51,7 +51,7 @@ def open_storage(url: str | None, workspace: Workspace, *, must_exist: bool = Fa
     Raises:
         StudyError: The URL is not one that can keep a resumable study, or the database cannot be used.
     """
-    parsed = make_sqlite_url(workspace.database) if url is None else _parse(url)
+    parsed = make_sqlite_url(workspace.database) if url is None else parse_url(url)
     if parsed.get_backend_name() != "sqlite":
         return _connect(parsed, {"pool_pre_ping": True})
     if parsed.database in (None, "", ":memory:"):
@@ -95,7 +95,12 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _parse(url: object) -> URL:
+def parse_url(url: object) -> URL:
+    """Read the URL of a database.
+
+    Raises:
+        StudyError: It is none, or one that cannot keep a resumable study. A password is not shown.
+    """
     text = url if isinstance(url, str) else type(url).__name__.lower()
     kind = text.partition("://")[0].lower()
     for name, reason in _REFUSED.items():

@@ -84,7 +84,7 @@ def create_study(
         StudyMismatchError: A study of that name was made with other settings, or by another program.
         StudyError: The name, the device or the database cannot be used.
     """
-    _check_name(name)
+    check_name(name)
     settings = SearchSettings(
         target=target,
         tolerance=tolerance,
@@ -98,7 +98,7 @@ def create_study(
         sampler=sampler,
         seed=seed,
     )
-    place, where = Workspace(Path(workspace)), _device(device)
+    place, where = Workspace(Path(workspace)), choose_device(device)
     task.check(task.build_model(), where)
     runner = _runner(task, place.prepare(), settings, where, Progress())
     database = open_storage(storage, place)
@@ -134,7 +134,7 @@ def load_study(
         StudyMismatchError: The study was made with another task, or by another program.
         TaskError: The task cannot be used.
     """
-    place, where = Workspace(Path(workspace)), _device(device)
+    place, where = Workspace(Path(workspace)), choose_device(device)
     if task is not None:
         task.check(task.build_model(), where)
     database = open_storage(storage, place, must_exist=True)
@@ -160,7 +160,12 @@ def _task_identity(task: Task, runner: StageRunner) -> dict[str, object]:
     return {"name": task.name, **runner.identity}
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Make sure that a study of this name can have a folder of its own in the workspace.
+
+    Raises:
+        StudyError: It cannot.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in _RESERVED_NAMES:
         raise StudyError(
             f"The study's name is {name!r}; it names a folder of the workspace: use letters, digits and "
@@ -168,13 +173,22 @@ def _check_name(name: str) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a name; ``None`` is the first GPU if there is one.
+
+    Raises:
+        StudyError: It is no device, or one that this machine does not have.
+    """
+    count = torch.cuda.device_count()
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if count else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise StudyError(f"device is {name!r}; write, for example, cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise StudyError(f"device is {name!r}, but PyTorch sees {count} CUDA devices here. Leave it out.")
+    return device
 
 
 def _find(storage: RDBStorage, name: str) -> optuna.Study | None:
