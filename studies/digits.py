@@ -89,6 +89,8 @@ def make_task(baseline: str = "runs/baselines/digits.safetensors") -> Task:
     Args:
         baseline: Where the trained weights are kept. If there is no such file, the network is trained.
     """
+    # A network this small trains twice as fast on one thread as on two.
+    torch.set_num_threads(1)
     train, validation, test = split_digits()
     with seeded(SEED):
         network = residual_network()

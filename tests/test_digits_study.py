@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress_search import load_study
 from compress_search.config import StudyConfig
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
@@ -115,3 +117,19 @@ def test_the_configurations_task_is_the_scripts(baseline):
     task = config.load_task()
     assert task.name == "digits"
     assert profile_model(task.build_model(), task.example_input).macs == 828_736
+
+
+@pytest.mark.slow
+def test_the_script_runs_and_its_answer_can_be_recomputed(task, tmp_path):
+    script = [sys.executable, str(ROOT / "studies" / "digits.py")]
+    done = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=600)
+    assert "mac_ratio" in done.stdout
+    assert (tmp_path / "runs" / "digits-script" / "report.html").is_file()
+
+    study = load_study("digits-script", task, workspace=tmp_path / "runs")
+    assert len(study.candidates()) == 12
+    original = profile_model(task.build_model(), task.example_input)
+    for candidate in study.front():
+        model = candidate.load_model()
+        assert task.score(model) == candidate.accuracy
+        assert profile_model(model, task.example_input).mac_ratio(original) == candidate.mac_ratio
