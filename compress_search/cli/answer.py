@@ -45,7 +45,7 @@ def print_answer(study: CompressionStudy, max_drop: float | None) -> int:
     try:
         chosen, why = choose(study, max_drop)
     except StudyError as error:
-        print(f"{error}\n\nReport    {_shown(study.report().page)}")
+        print(f"{error}\n\nReport    {shorten(study.report().page)}")
         return 1
     assert chosen.accuracy is not None and chosen.mac_ratio is not None and chosen.drop is not None
     print(f"Front of the study {study.name!r}:\n{study.front()}\n")
@@ -66,10 +66,10 @@ def print_answer(study: CompressionStudy, max_drop: float | None) -> int:
         ("Picture", report.picture),
         ("Model", exported.folder),
     ):
-        print(f"{label:<10}{_shown(path)}")
+        print(f"{label:<10}{shorten(path)}")
     return 0
 
 
-def _shown(path: Path) -> Path:
-    """A path relative to the current folder, if it lies there."""
+def shorten(path: Path) -> Path:
+    """Return a path relative to the current folder, if it lies there."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

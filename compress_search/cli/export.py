@@ -39,9 +39,10 @@ def main(args: argparse.Namespace) -> int:
         study = place.open(task)
         candidates = {candidate.number: candidate for candidate in study.candidates()}
         if args.trial not in candidates:
+            complete = [str(number) for number, c in candidates.items() if c.state == "complete"]
             raise StudyError(
-                f"The study {study.name!r} has no trial {args.trial}; "
-                f"it has {len(candidates)} trials. See: compress-search status {args.study}"
+                f"The study {study.name!r} has no trial {args.trial}. "
+                f"Its complete trials: {', '.join(complete) or 'none'}."
             )
         files = export_candidate(
             candidates[args.trial],

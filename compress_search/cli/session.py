@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from compress_search.cli.answer import print_answer
+from compress_search.cli.answer import print_answer, shorten
 from compress_search.cli.log import logging_to_file, logging_to_terminal
 from compress_search.config import StudyConfig
 from compress_search.progress import Progress
@@ -46,4 +46,4 @@ def _how_to_go_on(config: StudyConfig) -> str:
     folder = Workspace(config.workspace).study_folder(config.name)
     if not (folder / "config.yaml").is_file():
         return "The study had not begun; run the same command again."
-    return f"What is finished is kept. Go on with: compress-search resume {folder}"
+    return f"What is finished is kept. Go on with: compress-search resume {shorten(folder)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ class StudyPlace:
         """Read the configuration that ``compress-search run`` saved.
 
         Raises:
-            StudyError: The study was made from Python.
+            StudyError: There is no such study, or it was made from Python.
             ConfigError: The file was changed, and is wrong now.
         """
         import dataclasses
@@ -48,6 +47,7 @@ class StudyPlace:
         from compress_search.config import StudyConfig
 
         if not self.has_config:
+            self.open()
             raise StudyError(
                 f"The study {self.folder.name!r} was made from Python: {str(self.folder)!r} has no "
                 "config.yaml, so its model and data are not known here. Do this from Python: "
@@ -103,24 +103,8 @@ def add_study_argument(parser: argparse.ArgumentParser) -> None:
 def find_study(args: argparse.Namespace) -> StudyPlace:
     """Find the study that the command line names.
 
-    Raises:
-        StudyError: There is no such folder; the nearest names are in the message.
+    Whether it exists is known when it is opened: a study that was made from Python may have no folder yet.
     """
     given = Path(args.study)
     folder = given if len(given.parts) > 1 else Path(args.workspace) / given
-    if not folder.is_dir():
-        raise StudyError(_not_found(folder))
     return StudyPlace(folder.resolve(), args.storage)
-
-
-def _not_found(folder: Path) -> str:
-    workspace = folder.parent
-    if not workspace.is_dir():
-        return (
-            f"There is no study {folder.name!r}: the workspace {str(workspace)!r} does not exist "
-            f"in {str(Path.cwd())!r}. Name it: --workspace DIR."
-        )
-    there = sorted(p.name for p in workspace.iterdir() if p.is_dir() and p.name != "stages")
-    near = difflib.get_close_matches(folder.name, there, n=1)
-    remedy = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(there) or 'no study'}."
-    return f"There is no study {folder.name!r} in the workspace {str(workspace)!r}. {remedy}"

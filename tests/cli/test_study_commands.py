@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import re
+import shutil
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from compress_search.cli import main
+from compress_search.search.dashboard import DashboardServer
+from compress_search.search.study import CompressionStudy, create_study, load_study
+from compress_search.task_path import load_task
+
+Finished = tuple[Path, str, str]
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def copy(finished: Finished, project: Path) -> Path:
+    """The finished study, copied into the project."""
+    shutil.copytree(finished[0] / "runs", project / "runs")
+    return project
+
+
+def test_run_prints_the_answer_and_where_it_lies(finished: Finished) -> None:
+    folder, shown, _ = finished
+    front = load_study("tiny", workspace=folder / "runs").front()
+    assert str(front) in shown
+    assert f"Chosen: trial {front.choose().number} (the most accurate one in the band)" in shown
+    assert re.search(r"Test accuracy [\d.]+ %; the original's [\d.]+ %", shown)
+    for label in ("Report", "Plot", "Picture", "Model"):
+        found = re.search(rf"^{label} +(.+)$", shown, re.MULTILINE)
+        assert found is not None
+        assert (folder / found[1]).exists()
+
+
+def test_without_a_terminal_progress_is_lines_of_text(finished: Finished) -> None:
+    folder, _, lines = finished
+    assert re.search(r"^\d\d:\d\d:\d\d trials 2/2: trial 1 .* left\)$", lines, re.MULTILINE)
+    assert "\x1b" not in lines
+    assert "trials 2/2: trial 1" in (folder / "runs/tiny/study.log").read_text()
+
+
+def test_run_again_runs_nothing_and_answers_the_same(copy: Path, finished: Finished, capsys: Output) -> None:
+    assert main(["run", "tiny.yaml"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == finished[1]
+    assert "nothing to do" in shown.err
+
+
+def test_run_with_other_settings_is_refused_and_changes_nothing(copy: Path, capsys: Output) -> None:
+    saved = (copy / "runs/tiny/config.yaml").read_text()
+    assert main(["run", "tiny.yaml", "target=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "target: stored 0.6, asked 0.5" in error
+    assert "name=tiny-2" in error
+    assert (copy / "runs/tiny/config.yaml").read_text() == saved
+
+
+def test_resume_raises_the_total(copy: Path, capsys: Output) -> None:
+    assert main(["resume", "tiny", "--n-trials", "3"]) == 0
+    assert len(load_study("tiny").candidates()) == 3
+    assert main(["status", "tiny"]) == 0
+    assert "3 of 3 trials finished" in capsys.readouterr().out
+
+
+def test_resume_finds_a_workspace_that_was_moved(copy: Path, capsys: Output) -> None:
+    (copy / "runs").rename(copy / "moved")
+    assert main(["resume", "moved/tiny"]) == 0
+    assert "moved/tiny/report.html" in capsys.readouterr().out
+    assert not (copy / "runs").exists()
+
+
+def test_a_workspace_can_come_from_the_environment(
+    finished: Finished, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setenv("COMPRESS_SEARCH_WORKSPACE", str(finished[0] / "runs"))
+    assert main(["status", "tiny"]) == 0
+    assert "2 of 2 trials finished" in capsys.readouterr().out
+
+
+def test_resume_cannot_know_the_task_of_a_study_made_from_python(project: Path, capsys: Output) -> None:
+    create_study("own", load_task(f"{project / 'tiny_task.py'}:make", {}), target=0.5)
+    assert main(["resume", "own"]) == 2
+    assert "The study 'own' was made from Python" in (error := capsys.readouterr().err)
+    assert 'load_study("own", task' in error
+    assert main(["status", "own"]) == 0
+    assert "0 trials finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["resume", "status", "report", "dashboard"])
+def test_a_study_that_does_not_exist(command: str, copy: Path, capsys: Output) -> None:
+    assert main([command, "tinny"]) == 2
+    assert "Did you mean 'tiny'?" in capsys.readouterr().err
+
+
+def test_a_workspace_that_does_not_exist(project: Path, capsys: Output) -> None:
+    assert main(["status", "tiny"]) == 2
+    assert "--workspace DIR" in capsys.readouterr().err
+    assert not (project / "runs").exists()
+
+
+def test_report_writes_the_files_it_names(copy: Path, capsys: Output) -> None:
+    for path in (copy / "runs/tiny").glob("*.html"):
+        path.unlink()
+    assert main(["report", "tiny"]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in written] == ["report.html", "front.html", "front.png", "candidates.csv"]
+    assert all(path.stat().st_size > 0 for path in written)
+
+
+def test_export_writes_any_complete_trial(copy: Path, capsys: Output) -> None:
+    assert main(["export", "tiny", "--trial", "0", "--format", "onnx", "--output", "small"]) == 0
+    assert capsys.readouterr().out == "small\n"
+    names = {path.name for path in (copy / "small").iterdir()}
+    assert names >= {"plan.json", "model.safetensors", "model.pt2", "model.onnx", "candidate.json"}
+
+
+def test_export_of_a_trial_that_does_not_exist(copy: Path, capsys: Output) -> None:
+    assert main(["export", "tiny", "--trial", "7"]) == 2
+    assert "has no trial 7. Its complete trials: 0, 1." in capsys.readouterr().err
+
+
+def test_the_dashboard_shows_the_study_until_ctrl_c(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    pages = []
+
+    def answer_one_request(server: DashboardServer) -> None:
+        import threading
+
+        thread = threading.Thread(target=server._server.handle_request)
+        thread.start()
+        with urllib.request.urlopen(server.url, timeout=20) as page:
+            pages.append(page.read())
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DashboardServer, "serve_forever", answer_one_request)
+    assert main(["dashboard", "tiny", "--port", "0"]) == 0
+    assert b"Optuna Dashboard" in pages[0]
+    assert "http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_how_to_go_on(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionStudy, "optimize", interrupted)
+        assert main(["run", "tiny.yaml"]) == 130
+    assert "Go on with: compress-search resume runs/tiny" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_study_begins(project: Path, capsys: Output) -> None:
+    task = project / "tiny_task.py"
+    task.write_text(task.read_text().replace("torch.manual_seed(0)", "raise KeyboardInterrupt"))
+    assert main(["run", "tiny.yaml"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_without_a_feasible_trial_there_is_a_report_and_exit_status_1(project: Path, capsys: Output) -> None:
+    assert main(["run", "tiny.yaml", "tolerance=1e-6", "n_trials=1"]) == 1
+    shown = capsys.readouterr().out
+    assert "Run more trials, or widen the tolerance." in shown
+    assert "Report    runs/tiny/report.html" in shown
+
+
+def test_a_drop_that_no_trial_keeps_to_falls_back_on_the_most_accurate(copy: Path, capsys: Output) -> None:
+    assert main(["run", "tiny.yaml", "max_drop=-1"]) == 0
+    assert "(none drops at most -100 points, so the most accurate one)" in capsys.readouterr().out
+
+
+def test_validate_shows_the_model_and_starts_nothing(project: Path, capsys: Output) -> None:
+    before = sorted(project.iterdir())
+    assert main(["validate", "tiny.yaml"]) == 0
+    shown = capsys.readouterr().out
+    # 3x3 kernels: 4*1 at 8x8 positions, 8*4 at 4x4; the linear layer has 8*2 weights.
+    assert re.search(r"^0 +Conv2d +4x1x3x3 +2,304 +33.3$", shown, re.MULTILINE)
+    assert re.search(r"^3 +Conv2d +8x4x3x3 +4,608 +66.5$", shown, re.MULTILINE)
+    assert "6,928 MACs" in shown
+    assert "spatial_svd can size:" in shown
+    assert "channel_pruning can size:" in shown
+    assert sorted(path for path in project.iterdir() if path.name != "__pycache__") == before
+
+
+def test_validate_finds_what_is_wrong_with_the_task(project: Path, capsys: Output) -> None:
+    task = project / "tiny_task.py"
+    task.write_text(task.read_text().replace("nn.Linear(8, 2)", "nn.Linear(8, 1)"))
+    assert main(["validate", "tiny.yaml"]) == 2
+    assert "The model's output does not fit train's targets" in capsys.readouterr().err
