@@ -18,11 +18,11 @@ from compress_search.reports.layers import LayerRow, layer_table
 from compress_search.reports.page import ReportFiles, write_report
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
-from compress_search.search.history import ANCHOR, current_trials
+from compress_search.search.history import current_trials
 from compress_search.search.identity import Identity
 from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
-from compress_search.search.space import anchors
+from compress_search.search.space import enqueue_anchors
 from compress_search.search.status import StudyStatus, status_of
 from compress_search.search.worker import run_trials
 from compress_search.stages import StageRunner
@@ -109,7 +109,7 @@ class CompressionStudy:
             task, self.workspace.prepare(), seed=self.settings.seed, device=self.device, progress=progress
         )
         self.optuna_study.set_user_attr(_WANTED, n_trials)
-        self._enqueue_anchors()
+        enqueue_anchors(self.optuna_study, self.settings)
         objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
         run_trials(self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress)
 
@@ -190,12 +190,6 @@ class CompressionStudy:
         """
         example = None if self.task is None else self.task.example_input
         return export_candidate(candidate, folder or self._export_folder(candidate), example_input=example)
-
-    def _enqueue_anchors(self) -> None:
-        queued = {trial.user_attrs.get(ANCHOR) for trial in self.optuna_study.get_trials(deepcopy=False)}
-        for anchor in anchors(self.settings):
-            if anchor.label not in queued:
-                self.optuna_study.enqueue_trial({}, user_attrs={ANCHOR: anchor.label})
 
     def _stored_test(self, candidate: Candidate) -> TestScore | None:
         scores = self.optuna_study.user_attrs.get(_TESTS, {})

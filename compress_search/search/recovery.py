@@ -73,31 +73,36 @@ class Worker:
             return False
 
 
-def recover(study: optuna.Study) -> None:
+def recover(study: optuna.Study) -> list[FrozenTrial]:
     """Fail and queue again every trial whose process is gone. Call it between two trials.
 
     A process of this machine is looked up; of one elsewhere only the missing heartbeat tells. Also mends
     what a process left half done that was killed while it did this very thing.
+
+    Returns:
+        All trials of the study, as they are now.
     """
     storage = study._storage
     assert isinstance(storage, BaseHeartbeat)
     stale = set(storage._get_stale_trial_ids(study._study_id))
     this = Worker.this_process()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    trials = study.get_trials(deepcopy=False)
+    for trial in trials:
+        if trial.state != TrialState.RUNNING:
+            continue
         worker = Worker(**trial.user_attrs[WORKER]) if WORKER in trial.user_attrs else None
         if worker is not None and (worker == this or worker.is_known_dead()):
-            interrupt(
-                study, trial, DIED, f"its process {worker.pid} on {worker.host} ended in the middle of it"
-            )
+            ended = f"its process {worker.pid} on {worker.host} ended in the middle of it"
+            interrupt(study, trial, DIED, ended)
         elif trial._trial_id in stale:
             where = f"its process on {worker.host}" if worker else "its process"
             interrupt(study, trial, DIED, f"{where} gave no sign of life for {GRACE_SECONDS} s")
-    trials = study.get_trials(deepcopy=False)
     retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     for trial in trials:
         interrupted = trial.state == TrialState.FAIL and INTERRUPTED in trial.user_attrs
         if interrupted and trial.number not in retried:
             queue_retry(study, trial)
+    return study.get_trials(deepcopy=False)
 
 
 def interrupt(study: optuna.Study, trial: FrozenTrial, how: str, reason: str) -> None:

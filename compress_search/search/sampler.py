@@ -47,24 +47,25 @@ class ReproducibleSampler(BaseSampler):
         self._make = make
         self._seed = seed
         self._relative: BaseSampler | None = None
+        self._view: _StudyAsProposed | None = None
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Tell the inner sampler that a trial begins."""
-        view, trial = _as_proposed(study, trial)
+        view, trial = self._as_proposed(study, trial)
         self._seeded_for(trial, "").before_trial(view, trial)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Tell the inner sampler that a trial ends."""
-        view, trial = _as_proposed(study, trial)
+        view, trial = self._as_proposed(study, trial)
         self._seeded_for(trial, "").after_trial(view, trial, state, values)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Ask the inner sampler which variables it samples together."""
-        view, trial = _as_proposed(study, trial)
+        view, trial = self._as_proposed(study, trial)
         self._relative = self._seeded_for(trial, "")
         return self._relative.infer_relative_search_space(view, trial)
 
@@ -73,7 +74,7 @@ class ReproducibleSampler(BaseSampler):
     ) -> dict[str, Any]:
         """Sample the variables that the inner sampler samples together."""
         assert self._relative is not None
-        view, trial = _as_proposed(study, trial)
+        view, trial = self._as_proposed(study, trial)
         values = self._relative.sample_relative(view, trial, search_space)
         return {name: _tidy(value, search_space[name]) for name, value in values.items()}
 
@@ -85,7 +86,7 @@ class ReproducibleSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """Sample one variable."""
-        view, trial = _as_proposed(study, trial)
+        view, trial = self._as_proposed(study, trial)
         inner = self._seeded_for(trial, param_name)
         return _tidy(
             inner.sample_independent(view, trial, param_name, param_distribution), param_distribution
@@ -95,12 +96,29 @@ class ReproducibleSampler(BaseSampler):
         digest = hashlib.sha256(f"{self._seed}/{trial.number}/{variable}".encode()).digest()
         return self._make(int.from_bytes(digest[:4]))
 
+    def _as_proposed(self, study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
+        """Give the study and the trial as the inner sampler is to see them."""
+        if self._view is None or self._view.trial_id != trial._trial_id:
+            self._view = _StudyAsProposed(study, trial)
+        return cast("optuna.Study", self._view), _with_number(trial, self._view.index)
+
 
 class _StudyAsProposed:
-    """A study whose trials are numbered by proposal, without those that were replaced by a retry."""
+    """A study whose trials are numbered by proposal, without those that were replaced by a retry.
 
-    def __init__(self, study: optuna.Study) -> None:
+    Like Optuna's own cache, it shows the study as it was when one trial began.
+    """
+
+    def __init__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._study = study
+        trials = study.get_trials(deepcopy=False)
+        indices = proposal_indices(trials)
+        proposed = {}
+        for other in sorted(trials, key=lambda t: (t.state in _VALUABLE, t.number)):
+            proposed[indices[other.number]] = other
+        self._trials = [_with_number(other, index) for index, other in sorted(proposed.items())]
+        self.trial_id = trial._trial_id
+        self.index = indices[trial.number]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -111,19 +129,8 @@ class _StudyAsProposed:
         states: Container[TrialState] | None = None,
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
-        # The cache is Optuna's for one trial; only its own ask() empties it.
-        trials = self._study.get_trials(deepcopy=deepcopy)
-        indices = proposal_indices(trials)
-        proposed = {}
-        for trial in sorted(trials, key=lambda t: (t.state in _VALUABLE, t.number)):
-            proposed[indices[trial.number]] = trial
-        renumbered = [_with_number(trial, index) for index, trial in sorted(proposed.items())]
-        return [trial for trial in renumbered if states is None or trial.state in states]
-
-
-def _as_proposed(study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
-    index = proposal_indices(study.get_trials(deepcopy=False))[trial.number]
-    return cast("optuna.Study", _StudyAsProposed(study)), _with_number(trial, index)
+        trials = [trial for trial in self._trials if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
 
 def _with_number(trial: FrozenTrial, number: int) -> FrozenTrial:

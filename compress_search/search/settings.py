@@ -54,11 +54,6 @@ class SearchSettings:
         if faults := _faults_of(self):
             raise ConfigError(faults, source="search settings")
 
-    @property
-    def band(self) -> tuple[float, float]:
-        """Lowest and highest feasible ``mac_ratio``."""
-        return self.target * (1 - self.tolerance), self.target * (1 + self.tolerance)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values."""
         return dataclasses.asdict(self) | {"methods": list(self.methods)}

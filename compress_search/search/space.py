@@ -91,10 +91,21 @@ def anchors(settings: SearchSettings) -> tuple[Anchor, ...]:
     return tuple(found.values())
 
 
+def enqueue_anchors(study: optuna.Study, settings: SearchSettings) -> None:
+    """Queue the anchors that are not queued yet: all in a new study, the rest if that was interrupted."""
+    queued = {trial.user_attrs.get(ANCHOR) for trial in study.get_trials(deepcopy=False)}
+    for anchor in anchors(settings):
+        if anchor.label not in queued:
+            study.enqueue_trial({}, user_attrs={ANCHOR: anchor.label})
+
+
 def last_ratio_range(
     settings: SearchSettings, achieved: float = 1.0, *, exact: bool = False
 ) -> tuple[float, float]:
-    """Return the ratios of the last method that bring the model into the target's band.
+    """Return the ratios to ask of the last method, so that the model ends in the target's band.
+
+    A selector gives at most what it is asked for, and on small networks up to a percent less. So what is
+    asked for begins half a tolerance below the target, not a whole one.
 
     Args:
         settings: The study's settings.
@@ -105,7 +116,7 @@ def last_ratio_range(
         Lowest and highest ratio, relative to the model that the method gets; both are 1 if that model is
         small enough already.
     """
-    low, high = settings.band
+    low, high = settings.target * (1 - settings.tolerance / 2), settings.target * (1 + settings.tolerance)
     if achieved <= high:
         return 1.0, 1.0
     if exact:

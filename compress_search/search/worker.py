@@ -87,41 +87,37 @@ def run_trials(
 def _run_trials(
     study: optuna.Study, objective: Objective, n_trials: int, deadline: float | None, progress: Progress
 ) -> None:
-    recover(study)
-    shown = _count_finished(study)
+    shown = len(finished_trials(recover(study)))
     if shown >= n_trials:
         logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
         return
     first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
     with progress.bar("trials", n_trials, done=shown) as advance:
-        while _may_begin(study, n_trials, deadline):
+        while deadline is None or time.monotonic() < deadline:
+            trials = recover(study)
+            finished = len(finished_trials(trials))
+            for _ in range(shown, finished):
+                advance("by another process")
+            shown = max(shown, finished)
+            if finished >= n_trials:
+                return
+            if finished + sum(trial.state == TrialState.RUNNING for trial in trials) >= n_trials:
+                # What the others run may still be interrupted, and then it has to be taken over.
+                time.sleep(_WAITING_SECONDS)
+                continue
             trial = _claim(study)
             if drop_if_duplicate(study, trial):
                 continue
-            note, error = _run(study, trial, objective)
-            for _ in range(shown, _count_finished(study) - 1):
-                advance("by another process")
-                shown += 1
+            ended = _run(study, trial, objective)
+            if ended is None:
+                progress.say(f"Trial {trial.number} was taken over by another process.")
+                continue
+            note, error = ended
             advance(note)
             shown += 1
             if len(first_ends) < _TELLING_FAILURES:
                 first_ends.append((trial, error))
                 _stop_if_all_fail_alike(study, first_ends)
-
-
-def _may_begin(study: optuna.Study, n_trials: int, deadline: float | None) -> bool:
-    """Wait until a trial is wanted (true), or the study has its total or time is over (false)."""
-    while deadline is None or time.monotonic() < deadline:
-        recover(study)
-        finished = _count_finished(study)
-        if finished >= n_trials:
-            return False
-        running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        if finished + running < n_trials:
-            return True
-        # The others may still be interrupted, and then somebody has to take their trials over.
-        time.sleep(_WAITING_SECONDS)
-    return False
 
 
 def _claim(study: optuna.Study) -> optuna.Trial:
@@ -147,11 +143,14 @@ def _claim(study: optuna.Study) -> optuna.Trial:
             study.add_trial(create_trial(state=TrialState.WAITING))
 
 
-def _run(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> tuple[str, BaseException | None]:
+def _run(
+    study: optuna.Study, trial: optuna.Trial, objective: Objective
+) -> tuple[str, BaseException | None] | None:
     """Run one claimed trial to its end.
 
     Returns:
-        A note of how it went, and the error that ended it if it was one.
+        A note of how it went, and the error that ended it if it was one. ``None`` if this process was
+        paused for so long that another one took the trial over.
     """
     error: BaseException | None = None
     values: tuple[float, float] | None = None
@@ -177,8 +176,7 @@ def _run(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> tupl
                 trial.set_user_attr(REASON, note)
             study.tell(trial, values, state=state, skip_if_finished=True)
     except UpdateFinishedTrialError:
-        # This process was paused for so long that another one took the trial over.
-        return f"trial {trial.number} was taken over by another process", None
+        return None
     params = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
     return f"trial {trial.number} ({params}) {state.name.lower()}: {note}", error
 
@@ -247,7 +245,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _count_finished(study: optuna.Study) -> int:
-    return len(finished_trials(study.get_trials(deepcopy=False)))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from compress_search.exceptions import ConfigError
+from compress_search.recipe import FineTune
+from compress_search.search.settings import SearchSettings
+
+
+def test_settings_survive_json():
+    settings = SearchSettings(
+        target=0.4,
+        methods=("channel_pruning",),
+        fine_tune=FineTune(epochs=3),
+        final_fine_tune=FineTune(lr=0.1),
+        max_drop_after_ssvd=0.0,
+    )
+    assert SearchSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    plain = SearchSettings(target=0.4)
+    assert SearchSettings.from_dict(plain.to_dict()) == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": 0}, "target is 0"),
+        ({"target": 1}, "target is 1"),
+        ({"target": float("nan")}, "target is nan"),
+        ({"tolerance": 0}, "leaves no room"),
+        ({"tolerance": -0.1}, "leaves no room"),
+        ({"tolerance": float("nan")}, "leaves no room"),
+        ({"target": 0.9, "tolerance": 0.12}, r"leaves \(0, 1\). Give less than 0.1111"),
+        ({"target": 0.1, "tolerance": 1.0}, r"leaves \(0, 1\). Give less than 1,"),
+        ({"methods": ()}, "methods has 0 names"),
+        ({"methods": ("spatial_svd", "spatial_svd")}, "names 'spatial_svd' twice"),
+        ({"methods": ("spatial_svd", "chanel_pruning")}, "Did you mean 'channel_pruning'?"),
+        ({"selection": "unifrom"}, "Did you mean 'uniform'?"),
+        ({"sampler": "magic"}, "There are: tpe, random"),
+        ({"step": 0}, "step is 0"),
+        ({"step": 1}, "step is 1"),
+        ({"samples": -1}, "samples is -1"),
+        ({"max_drop_after_ssvd": -0.01}, "max_drop_after_ssvd is -0.01"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_each_fault_is_named_alone(changes, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        SearchSettings(**{"target": 0.5} | changes)
+    assert len(caught.value.faults) == 1
+
+
+def test_all_faults_come_at_once():
+    with pytest.raises(ConfigError) as caught:
+        SearchSettings(target=2, tolerance=0, selection="x", sampler="y", step=2, samples=-3, seed=-1)
+    assert len(caught.value.faults) == 7

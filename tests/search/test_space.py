@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import FixedTrial
+
+from compress_search.exceptions import RatioError
+from compress_search.recipe import Compress, FineTune
+from compress_search.search.history import ANCHOR
+from compress_search.search.space import anchors, last_ratio_range, propose, ratio_grid
+
+
+def fixed(params, **user_attrs):
+    trial = FixedTrial(params)
+    for name, value in user_attrs.items():
+        trial.set_user_attr(name, value)
+    return trial
+
+
+def exactly(stages):
+    return math.prod(stage.mac_ratio for stage in stages)
+
+
+def test_the_grid_has_the_target_and_one_and_round_numbers_between():
+    assert ratio_grid(0.5, 0.1) == (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    assert ratio_grid(0.33, 0.05)[:4] == (0.33, 0.35, 0.4, 0.45)
+    assert ratio_grid(0.97, 0.05) == (0.97, 1.0)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.5))
+def test_grids_ascend_within_their_ends_and_are_shared_between_targets(target, step):
+    grid = ratio_grid(target, step)
+    assert grid[0] == target and grid[-1] == 1.0
+    assert all(a < b for a, b in itertools.pairwise(grid))
+    assert set(grid[1:]) <= set(ratio_grid(target / 2, step))
+
+
+def test_anchors_of_two_methods(make_settings):
+    points = {anchor.label: anchor.ratio for anchor in anchors(make_settings())}
+    assert points == {
+        "spatial_svd only": 0.5,
+        "channel_pruning only": 1.0,
+        "equal ratios": 0.7,
+        "guidebook": 0.75,
+    }
+
+
+@pytest.mark.parametrize(("target", "count"), [(0.6, 3), (0.8, 3), (0.97, 2), (0.1, 4)])
+def test_anchors_come_once_each_and_lie_on_the_grid(make_settings, target, count):
+    points = [anchor.ratio for anchor in anchors(make_settings(target=target))]
+    assert len(set(points)) == len(points) == count
+    assert set(points) <= set(ratio_grid(target, 0.05))
+
+
+def test_the_anchor_of_one_method_is_the_target(make_settings):
+    settings = make_settings(methods=("channel_pruning",))
+    assert [anchor.ratio for anchor in anchors(settings)] == [0.5]
+
+
+def test_the_last_ratio_is_what_is_missing(make_settings):
+    settings = make_settings(tolerance=0.02)
+    assert last_ratio_range(settings, 0.8) == pytest.approx((0.495 / 0.8, 0.51 / 0.8))
+    assert last_ratio_range(settings, 0.8, exact=True) == (0.625, 0.625)
+    assert last_ratio_range(settings, 0.51) == (1.0, 1.0)
+    assert last_ratio_range(settings, 0.4, exact=True) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("anchor", ["spatial_svd only", "channel_pruning only", "equal ratios", "guidebook"])
+def test_every_anchor_has_both_parameters_and_meets_the_target_exactly(make_settings, anchor):
+    settings = make_settings()
+    ratio = {a.label: a.ratio for a in anchors(settings)}[anchor]
+    trial = fixed({"c_ssvd": ratio, "c_cp": 0.5 / ratio}, **{ANCHOR: anchor})
+    proposal = propose(trial, settings, exactly)
+    assert set(trial.params) == {"c_ssvd", "c_cp"}
+    assert exactly([s for s in proposal.recipe.stages if isinstance(s, Compress)]) == pytest.approx(0.5)
+
+
+def test_the_second_ratio_follows_what_the_first_achieved(make_settings):
+    trial = fixed({"c_ssvd": 0.75, "c_cp": 0.5 / 0.7}, **{ANCHOR: "guidebook"})
+    stages = propose(trial, make_settings(), lambda stages: 0.7).recipe.stages
+    assert stages[2].mac_ratio == 0.5 / 0.7
+
+
+def test_a_recipe_compresses_and_trains_twice_with_the_gate_between(make_settings):
+    settings = make_settings(final_fine_tune=FineTune(epochs=7), samples=3)
+    proposal = propose(fixed({"c_ssvd": 0.8, "c_cp": 0.63}), settings, exactly)
+    assert proposal.recipe.stages == (
+        Compress(method="spatial_svd", mac_ratio=0.8, samples=3),
+        FineTune(epochs=1),
+        Compress(method="channel_pruning", mac_ratio=0.63, samples=3),
+        FineTune(epochs=7),
+    )
+    assert proposal.gate_after == 2
+
+
+@pytest.mark.parametrize(
+    ("params", "method"),
+    [({"c_ssvd": 1.0, "c_cp": 0.5}, "channel_pruning"), ({"c_ssvd": 0.51, "c_cp": 1.0}, "spatial_svd")],
+)
+def test_a_ratio_of_one_leaves_its_half_out_and_the_last_training_is_the_final_one(
+    make_settings, params, method
+):
+    settings = make_settings(final_fine_tune=FineTune(epochs=7), step=0.49)
+    proposal = propose(fixed(params), settings, exactly)
+    assert [stage.name for stage in proposal.recipe.stages] == [method, "fine_tune"]
+    assert proposal.recipe.stages[-1] == FineTune(epochs=7)
+    assert proposal.gate_after is None
+
+
+def test_training_for_no_epochs_is_no_stage(make_settings):
+    settings = make_settings(fine_tune=FineTune(epochs=0))
+    proposal = propose(fixed({"c_ssvd": 0.8, "c_cp": 0.63}), settings, exactly)
+    assert [stage.name for stage in proposal.recipe.stages] == ["spatial_svd", "channel_pruning"]
+    assert proposal.gate_after == 1
+
+
+def test_one_method_gets_the_whole_target(make_settings):
+    settings = make_settings(methods=("channel_pruning",))
+    trial = fixed({"c_cp": 0.505})
+    proposal = propose(trial, settings, exactly)
+    assert [stage.name for stage in proposal.recipe.stages] == ["channel_pruning", "fine_tune"]
+    assert proposal.recipe.stages[0].mac_ratio == 0.505
+
+
+def test_a_trial_whose_first_ratio_cannot_be_reached_has_both_parameters_all_the_same(make_settings):
+    def unreachable(stages):
+        raise RatioError("too little")
+
+    trial = fixed({"c_ssvd": 0.8, "c_cp": 0.63})
+    with pytest.raises(RatioError):
+        propose(trial, make_settings(), unreachable)
+    assert set(trial.params) == {"c_ssvd", "c_cp"}
+
+
+def test_proposals_never_leave_the_band_that_the_selector_can_fill(make_settings):
+    settings = make_settings(target=0.33)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(50):
+        trial = study.ask()
+        propose(trial, settings, exactly)
+        product = trial.params["c_ssvd"] * trial.params["c_cp"]
+        assert 0.33 * 0.99 - 1e-9 <= product <= 0.33 * 1.02 + 1e-9
+        assert min(abs(trial.params["c_ssvd"] - point) for point in ratio_grid(0.33, 0.05)[1:]) < 1e-9

@@ -1,0 +1,358 @@
+"""The loop: budget, failures, and interruptions at every point."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import signal
+import threading
+
+import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+from rich.console import Console
+
+from compress_search.exceptions import StudyError
+from compress_search.progress import Progress
+from compress_search.search import worker
+from compress_search.search.history import current_trials, finished_trials
+from compress_search.search.recovery import MOST_RETRIES, Worker
+from compress_search.search.space import enqueue_anchors
+from compress_search.search.worker import run_trials
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nobody catches it, so that nothing is tidied up."""
+
+
+def search(study, objective, n_trials, **options):
+    progress = Progress(Console(file=io.StringIO()))
+    run_trials(study, objective, n_trials=n_trials, progress=progress, **options)
+
+
+def states(study):
+    return [trial.state.name for trial in study.trials]
+
+
+def outcome(study):
+    """What a study found, by proposal rather than by trial."""
+    return sorted((t.state.name, tuple(t.params.items()), t.values) for t in current_trials(study.trials))
+
+
+def counting(runner, *, stop_at=(), error=KeyboardInterrupt):
+    """Let the runner count the stages it computes, and raise before those numbered in ``stop_at``."""
+    runner.begun = []
+
+    def before_stage(stage):
+        runner.begun.append(stage)
+        if len(runner.begun) in stop_at:
+            raise error
+
+    runner.before_stage = before_stage
+    return runner
+
+
+def test_the_total_is_of_finished_trials(new_study, objective, runner):
+    study = new_study()
+    search(study, objective(runner), 3)
+    assert states(study) == ["COMPLETE"] * 3
+    search(new_study(), objective(runner), 5)
+    assert states(study) == ["COMPLETE"] * 5
+
+
+def test_a_finished_study_runs_nothing(new_study, objective, runner):
+    study = new_study()
+    search(study, objective(runner), 3)
+    search(study, lambda trial: pytest.fail("ran"), 3)
+    search(study, lambda trial: pytest.fail("ran"), 2)
+    assert len(study.trials) == 3
+
+
+def test_the_trials_are_proposed_under_a_heartbeat_and_say_who_runs_them(new_study, objective, runner):
+    study = new_study()
+    with_heartbeat = []
+
+    def look(trial):
+        with study._storage._backend.engine.connect() as connection:
+            query = "SELECT COUNT(*) FROM trial_heartbeats WHERE trial_id = ?"
+            with_heartbeat.append(connection.exec_driver_sql(query, (trial._trial_id,)).scalar())
+        assert trial.user_attrs["worker"] == Worker.this_process().to_dict()
+        return objective(runner)(trial)
+
+    search(study, look, 2)
+    assert with_heartbeat == [1, 1]
+
+
+def test_an_error_fails_its_trial_and_no_other(new_study, objective, runner, caplog):
+    def faulty(trial):
+        if trial.number == 1:
+            raise ZeroDivisionError("one over nothing")
+        return objective(runner)(trial)
+
+    study = new_study()
+    search(study, faulty, 4)
+    assert states(study) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    told = study.trials[1].user_attrs
+    assert told["reason"] == "ZeroDivisionError: one over nothing"
+    assert told["traceback"][-1] == "ZeroDivisionError: one over nothing"
+    assert "in faulty" in "".join(told["traceback"])
+    assert "Trial 1 failed" in caplog.text
+
+
+def test_a_gate_and_an_unreachable_ratio_prune_with_the_reason(new_study, objective, runner, make_settings):
+    settings = make_settings(max_drop_after_ssvd=0.02)
+    runner.lowest = 0.6
+    study = new_study()
+    enqueue_anchors(study, settings)
+    search(study, objective(runner, settings), 4)
+    assert states(study) == ["PRUNED", "PRUNED", "PRUNED", "COMPLETE"]
+    reasons = [trial.user_attrs.get("reason", "") for trial in study.trials]
+    assert "cannot be reached" in reasons[0] and "cannot be reached" in reasons[1]
+    assert "max_drop_after_ssvd" in reasons[2]
+    assert all(set(trial.params) == {"c_ssvd", "c_cp"} for trial in study.trials)
+
+
+def test_three_first_failures_alike_stop_the_search_and_are_run_again_later(new_study, objective, runner):
+    def broken(trial):
+        raise OSError(f"no file number {trial.number}")
+
+    study = new_study()
+    with pytest.raises(StudyError, match="same error(.|\n)*no file number 2"):
+        search(study, broken, 8)
+    assert states(study) == ["FAIL"] * 3 + ["WAITING"] * 3
+    search(study, objective(runner), 8)
+    assert len(finished_trials(study.trials)) == 8
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 8
+
+
+def test_first_failures_that_differ_do_not_stop_it(new_study, objective, runner):
+    errors = [OSError("a"), OSError("b"), OSError("b")]
+
+    def broken(trial):
+        if errors:
+            raise errors.pop()
+        return objective(runner)(trial)
+
+    study = new_study()
+    search(study, broken, 5)
+    assert states(study) == ["FAIL"] * 3 + ["COMPLETE"] * 2
+
+
+def test_a_target_that_no_trial_reaches_stops_the_search(new_study, objective, runner):
+    runner.lowest = 1.0
+    with pytest.raises(StudyError, match="all asked for too much(.|\n)*cannot be reached"):
+        search(new_study(), objective(runner), 8)
+
+
+N_TRIALS = 12
+_UNDISTURBED = []
+
+
+@pytest.fixture
+def undisturbed(new_study, objective, runner, make_settings):
+    """What an undisturbed study finds, and how many stages it computes; found out once."""
+    if not _UNDISTURBED:
+        study = new_study("undisturbed")
+        enqueue_anchors(study, make_settings())
+        counting(runner)
+        search(study, objective(runner), N_TRIALS)
+        _UNDISTURBED.extend((outcome(study), len(runner.begun)))
+    return tuple(_UNDISTURBED)
+
+
+@pytest.mark.parametrize(
+    ("error", "stop_at"),
+    [
+        *(
+            (error, stop_at)
+            for error in (KeyboardInterrupt, Killed)
+            for stop_at in ((1,), (2, 3, 9), (24, 26))
+        ),
+        (SystemExit, (7,)),
+    ],
+)
+def test_a_resumed_study_is_the_undisturbed_one(
+    error, stop_at, new_study, objective, make_settings, undisturbed, runner
+):
+    runner = counting(type(runner)(), stop_at=stop_at, error=error)
+    for _ in stop_at:
+        study = new_study()
+        enqueue_anchors(study, make_settings())
+        with pytest.raises(error):
+            search(study, objective(runner), N_TRIALS)
+    study = new_study()
+    search(study, objective(runner), N_TRIALS)
+    expected, stages = undisturbed
+    assert outcome(study) == expected
+    # Only the stages that were under way had to be computed again.
+    assert len(runner.begun) == stages + len(stop_at)
+    assert len(study.trials) == N_TRIALS + len(stop_at)
+    assert {"RUNNING", "WAITING"}.isdisjoint(states(study))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Killed])
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [
+        *(("set_trial_state_values", call) for call in (2, 11)),
+        *(("set_trial_user_attr", call) for call in (1, 70)),
+        *(("set_trial_param", call) for call in (2, 11)),
+    ],
+)
+def test_an_interruption_between_two_writes_changes_nothing_either(
+    error, method, call, new_study, objective, make_settings, undisturbed, runner, monkeypatch
+):
+    study = new_study()
+    enqueue_anchors(study, make_settings())
+    write = getattr(study._storage, method)
+    calls = itertools.count(1)
+
+    def interrupted(*args):
+        write(*args)
+        if next(calls) == call:
+            raise error
+        return True
+
+    monkeypatch.setattr(study._storage, method, interrupted)
+    with pytest.raises(error):
+        search(study, objective(runner), N_TRIALS)
+    study = new_study()
+    # A process that died before it could say who it is gives no sign of life any more.
+    with study._storage._backend.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+    search(study, objective(runner), N_TRIALS)
+    assert outcome(study) == undisturbed[0]
+
+
+def test_anchors_are_queued_once_even_if_that_was_interrupted(new_study, make_settings):
+    settings = make_settings()
+    study = new_study()
+    enqueue_anchors(study, settings)
+    wanted = [trial.user_attrs["anchor"] for trial in study.trials]
+    half = new_study("half")
+    half.enqueue_trial({}, user_attrs={"anchor": wanted[0]})
+    for _ in range(2):
+        enqueue_anchors(half, settings)
+        enqueue_anchors(study, settings)
+    assert [trial.user_attrs["anchor"] for trial in half.trials] == wanted
+    assert len(study.trials) == len(wanted) == 4
+
+
+def test_a_trial_that_kills_its_process_again_and_again_is_left_failed(new_study, objective, runner):
+    counting(runner, stop_at=range(1, MOST_RETRIES + 2), error=Killed)
+    for _ in range(MOST_RETRIES + 1):
+        with pytest.raises(Killed):
+            search(new_study(), objective(runner), 2)
+    study = new_study()
+    search(study, objective(runner), 2)
+    assert states(study) == ["FAIL"] * (MOST_RETRIES + 1) + ["COMPLETE"]
+    assert "so did 3 retries at the same stage" in study.trials[MOST_RETRIES].user_attrs["reason"]
+    assert len(finished_trials(study.trials)) == 2
+
+
+def test_a_trial_that_goes_on_a_stage_each_time_is_never_given_up(new_study, objective, runner):
+    counting(runner, stop_at=(1, 2, 4, 5, 7, 8), error=Killed)
+    for _ in range(6):
+        with pytest.raises(Killed):
+            search(new_study(), objective(runner), 1)
+    study = new_study()
+    search(study, objective(runner), 1)
+    assert states(study) == ["FAIL"] * 6 + ["COMPLETE"]
+
+
+def test_stopping_a_search_is_not_held_against_the_trial(new_study, objective, runner):
+    counting(runner, stop_at=range(1, 2 * MOST_RETRIES), error=KeyboardInterrupt)
+    for _ in range(1, 2 * MOST_RETRIES):
+        with pytest.raises(KeyboardInterrupt):
+            search(new_study(), objective(runner), 1)
+    study = new_study()
+    search(study, objective(runner), 1)
+    assert states(study)[-1] == "COMPLETE"
+    assert study.trials[0].user_attrs["reason"] == "interrupted: the search was stopped"
+
+
+def test_sigterm_stops_like_ctrl_c_and_its_handler_is_put_back(new_study):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(trial):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    study = new_study()
+    with pytest.raises(KeyboardInterrupt):
+        search(study, terminated, 1)
+    assert states(study) == ["FAIL", "WAITING"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_search_runs_outside_of_the_main_thread(new_study, objective, runner):
+    study = new_study()
+    thread = threading.Thread(target=search, args=(study, objective(runner), 1))
+    thread.start()
+    thread.join()
+    assert states(study) == ["COMPLETE"]
+
+
+def test_no_trial_is_begun_after_the_timeout(new_study, objective, runner):
+    study = new_study()
+    search(study, objective(runner), 3, timeout=0)
+    assert states(study) == []
+
+
+def test_a_heartbeat_that_fails_does_not_end_the_trial(new_study, objective, runner, monkeypatch, caplog):
+    study = new_study()
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.01)
+    beat = threading.Event()
+
+    def fail(trial_id):
+        beat.set()
+        raise StorageInternalError("away")
+
+    def slow(trial):
+        monkeypatch.setattr(study._storage, "record_heartbeat", fail)
+        assert beat.wait(10)
+        return objective(runner)(trial)
+
+    search(study, slow, 1)
+    assert states(study) == ["COMPLETE"]
+    assert "heartbeat of trial 0 was not written: away" in caplog.text
+
+
+def test_a_trial_that_another_process_took_over_is_dropped(new_study, objective, runner):
+    study = new_study()
+
+    def paused(trial):
+        if trial.number == 0:
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return objective(runner)(trial)
+
+    search(study, paused, 3)
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_the_last_trial_of_another_process_is_waited_for(new_study, objective, runner, monkeypatch):
+    study = new_study()
+    other = study._storage.create_new_trial(study._study_id)
+    study._storage.record_heartbeat(other)
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        study._storage.set_trial_state_values(other, TrialState.COMPLETE, (0.9, 0.5))
+
+    monkeypatch.setattr(worker.time, "sleep", wait)
+    search(study, objective(runner), 2)
+    assert states(study) == ["COMPLETE", "COMPLETE"]
+    assert len(waits) == 1
+
+
+def test_a_database_that_fails_ends_the_search_with_a_clear_error(new_study, objective, runner):
+    def away(trial):
+        raise StorageInternalError("the server closed the connection")
+
+    study = new_study()
+    with pytest.raises(StudyError, match=r"database of the study 'study' failed: the server closed"):
+        search(study, away, 2)
+    search(study, objective(runner), 2)
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
