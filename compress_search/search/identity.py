@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -106,17 +106,9 @@ def check_same(
         StudyMismatchError: With every field that differs, both values, and the remedy.
     """
     stored = load_identity(study)
-    pairs = [("task", stored.task, task)]
+    differences = list(_differences(stored.task, task, "task"))
     if settings is not None:
-        pairs.append(("", stored.settings.to_dict(), settings.to_dict()))
-    differences = []
-    for prefix, there, here in pairs:
-        old, new = _flat(there, prefix), _flat(here, prefix)
-        differences += [
-            f"  - {field}: stored {old.get(field, 'nothing')!r}, asked {new.get(field, 'nothing')!r}"
-            for field in {**old, **new}
-            if old.get(field, ...) != new.get(field, ...)
-        ]
+        differences += _differences(stored.settings.to_dict(), settings.to_dict())
     if differences:
         name = study.study_name
         raise StudyMismatchError(
@@ -148,11 +140,11 @@ def _another_name(name: str) -> str:
     )
 
 
-def _flat(value: Any, prefix: str) -> dict[str, Any]:
-    """Give nested settings dotted names: ``fine_tune.epochs``."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def _differences(stored: Any, asked: Any, field: str = "") -> Iterator[str]:
+    """Name the fields that differ, nested ones with dots: ``fine_tune.epochs``."""
+    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
+        for key in {**stored, **asked}:
+            name = f"{field}.{key}" if field else str(key)
+            yield from _differences(stored.get(key, "nothing"), asked.get(key, "nothing"), name)
+    elif stored != asked:
+        yield f"  - {field}: stored {stored!r}, asked {asked!r}"

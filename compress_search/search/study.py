@@ -157,7 +157,8 @@ def _runner(
 
 
 def _task_identity(task: Task, runner: StageRunner) -> dict[str, object]:
-    return {"name": task.name, **runner.identity}
+    # The seed is one of the settings.
+    return {"name": task.name, **{key: value for key, value in runner.identity.items() if key != "seed"}}
 
 
 def check_name(name: str) -> None:

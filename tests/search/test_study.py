@@ -1,0 +1,362 @@
+"""Studies on a tiny network: created, continued, refused, and asked for their answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import logging
+from functools import partial
+
+import optuna
+import pytest
+import torch
+from optuna.study import StudyDirection
+from rich.console import Console
+
+from compress_search.exceptions import (
+    ConfigError,
+    EvaluationError,
+    StudyError,
+    StudyMismatchError,
+    TaskError,
+    WorkspaceError,
+)
+from compress_search.profile import profile_model
+from compress_search.progress import Progress
+from compress_search.recipe import FineTune
+from compress_search.results import Reference
+from compress_search.search.identity import DIRECTIONS
+from compress_search.search.settings import SearchSettings
+from compress_search.search.storage import open_storage, quiet_optuna
+from compress_search.search.study import create_study, load_study
+from compress_search.workspace import Workspace
+
+QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}
+
+
+@pytest.fixture
+def create(tiny_task, tmp_path):
+    def make(name="first", task=None, **changes):
+        options = QUICK | {"target": 0.5, "workspace": tmp_path} | changes
+        return create_study(name, task or tiny_task(), **options)
+
+    return make
+
+
+def optimize(study, n_trials):
+    study.optimize(n_trials, progress=Progress(Console(file=io.StringIO())))
+    return study
+
+
+@pytest.fixture(scope="module")
+def finished(request, tmp_path_factory):
+    """One study of five trials, for the tests that only read."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(96, 1, 6, 6, generator=generator), torch.arange(96) % 3
+    batches = [(images[i : i + 32], labels[i : i + 32]) for i in (0, 32, 64)]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(6, 12, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12 * 36, 3),
+    )
+    from compress_search.task import Task
+
+    task = Task(
+        model=net,
+        example_input=images[:1],
+        train=batches[:1],
+        validation=batches[1:2],
+        test=batches[2:],
+        name="toy",
+    )
+    folder = tmp_path_factory.mktemp("work")
+    study = optimize(create_study("toy", task, target=0.5, workspace=folder, **QUICK), 5)
+    return study, task, folder
+
+
+def test_the_spelt_out_settings_are_those_of_search_settings():
+    spelt = inspect.signature(create_study).parameters
+    for field in dataclasses.fields(SearchSettings):
+        default = spelt[field.name].default
+        if field.name == "fine_tune":
+            assert default is None and field.default_factory() == FineTune()
+        elif field.name == "target":
+            assert default is inspect.Parameter.empty
+        else:
+            assert default == field.default
+
+
+def test_a_study_goes_from_a_task_to_a_model(finished):
+    study, task, folder = finished
+    profile = profile_model(task.build_model(), task.example_input)
+    assert study.reference == Reference(task.score(task.build_model()), profile.macs, profile.params)
+    assert study.folder == folder / "toy" and study.task_name == "toy"
+    candidates = study.candidates()
+    assert [c.state for c in candidates] == ["complete"] * 5
+    for candidate in candidates:
+        model = candidate.load_model()
+        assert task.score(model) == candidate.accuracy
+        macs = profile_model(model, task.example_input).macs
+        assert macs / study.reference.macs == candidate.mac_ratio
+        assert candidate.feasible == (abs(candidate.mac_ratio - 0.5) / 0.5 <= 0.1)
+        assert candidate.drop == study.reference.accuracy - candidate.accuracy
+        assert set(candidate.params) == {"c_ssvd", "c_cp"}
+    assert study.best() in study.front().best
+    assert study.best(max_drop=1.0).mac_ratio == min(c.mac_ratio for c in candidates if c.feasible)
+
+
+def test_the_optuna_study_is_set_up_as_any_other_tool_expects(finished):
+    study, *_ = finished
+    assert study.optuna_study.directions == [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+    assert study.optuna_study.metric_names == ["accuracy", "mac_ratio"]
+    assert [t.user_attrs.get("anchor") for t in study.optuna_study.trials] == [
+        "spatial_svd only",
+        "channel_pruning only",
+        "equal ratios",
+        "guidebook",
+        None,
+    ]
+    assert all("mac_ratio" in trial.constraints for trial in study.optuna_study.trials)
+
+
+def test_a_loaded_study_is_the_same_and_runs_nothing_more(finished, monkeypatch):
+    study, task, folder = finished
+    loaded = load_study("toy", task, workspace=folder)
+    monkeypatch.setattr(type(task), "score", lambda *_: pytest.fail("evaluated"))
+    optimize(loaded, 5)
+    assert loaded.candidates() == study.candidates()
+    assert loaded.settings == study.settings and loaded.reference == study.reference
+
+
+def test_a_study_opened_without_its_task_can_be_looked_at_only(finished):
+    study, task, folder = finished
+    seen = load_study("toy", workspace=folder)
+    assert seen.front() == study.front()
+    assert "5 of 5 trials finished (5 complete)" in str(seen.status())
+    original = task.build_model()
+    assert task.score(seen.best().load_model(original)) == seen.best().accuracy
+    with pytest.raises(StudyError, match=r'which optimize needs: load_study\("toy", task\)'):
+        seen.optimize(6)
+    untested = next(c for c in seen.candidates() if str(c.number) not in seen.optuna_study.user_attrs)
+    with pytest.raises(StudyError, match="without its task"):
+        load_study("toy", workspace=folder).test(dataclasses.replace(untested, number=99))
+
+
+def test_the_status_adds_up(finished):
+    study, *_ = finished
+    status = study.status()
+    stages = [stage for candidate in study.candidates() for stage in candidate.stages]
+    assert sum(status.seconds_by_stage.values()) == pytest.approx(
+        sum(s.seconds for s in stages if not s.reused)
+    )
+    assert set(status.seconds_by_stage) == {
+        "spatial_svd",
+        "fine_tune after spatial_svd",
+        "channel_pruning",
+        "fine_tune after channel_pruning",
+    }
+    assert status.reused_stages == sum(s.reused for s in stages)
+    assert status.best == study.best()
+    assert f"trial {status.best.number} (c_ssvd " in str(status)
+
+
+def test_the_test_data_are_used_once_each(finished, monkeypatch):
+    study, task, folder = finished
+    best = study.best()
+    score = study.test(best)
+    assert score.original == task.score(task.build_model(), task.test)
+    assert score.candidate == task.score(best.load_model(), task.test)
+    monkeypatch.setattr(type(task), "score", lambda *_: pytest.fail("evaluated"))
+    assert study.test(best) == load_study("toy", workspace=folder).test(best) == score
+
+
+def test_report_and_export_lie_in_the_studys_folder(finished):
+    study, *_ = finished
+    best = study.best()
+    exported = study.export(best)
+    assert exported.folder == study.folder / "export" / f"trial-{best.number}"
+    files = study.report(best)
+    assert files.page.parent == study.folder
+    assert "toy" in files.page.read_text(encoding="utf-8")
+    assert load_study("toy", workspace=study.workspace.root).report().table.is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "stored", "asked"),
+    [
+        ({"target": 0.4}, "target", "0.5", "0.4"),
+        ({"tolerance": 0.05}, "tolerance", "0.1", "0.05"),
+        (
+            {"methods": ("channel_pruning",)},
+            "methods",
+            "['spatial_svd', 'channel_pruning']",
+            "['channel_pruning']",
+        ),
+        ({"samples": 8}, "samples", "16", "8"),
+        ({"fine_tune": FineTune(epochs=2)}, "fine_tune.epochs", "1", "2"),
+        ({"step": 0.1}, "step", "0.05", "0.1"),
+        ({"max_drop_after_ssvd": 0.5}, "max_drop_after_ssvd", "None", "0.5"),
+        ({"sampler": "random"}, "sampler", "'tpe'", "'random'"),
+        ({"seed": 1}, "seed", "0", "1"),
+    ],
+)
+def test_another_setting_is_refused_by_its_name(create, changes, field, stored, asked):
+    create()
+    with pytest.raises(StudyMismatchError) as caught:
+        create(**changes)
+    message = str(caught.value)
+    assert f"  - {field}: stored {stored}, asked {asked}" in message
+    assert message.count("  - ") == 1
+    assert "To continue it, ask for the stored values" in message and 'create_study("first-2"' in message
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_another_task_is_refused_by_what_differs(create, tiny_task, tiny_net, tmp_path, load):
+    create()
+
+    def evaluate(model, loader):
+        return 0.5
+
+    others = {
+        "task.name": tiny_task(name="other"),
+        "task.model": tiny_task(model=tiny_net(seed=1)),
+        "task.validation": tiny_task(validation=tiny_task().train),
+        "task.evaluate": tiny_task(evaluate=evaluate),
+    }
+    for field, task in others.items():
+        open_again = (
+            partial(load_study, "first", task, workspace=tmp_path) if load else partial(create, task=task)
+        )
+        with pytest.raises(StudyMismatchError, match=f"  - {field}: stored '"):
+            open_again()
+
+
+def test_all_differences_come_at_once(create):
+    create()
+    with pytest.raises(StudyMismatchError) as caught:
+        create(target=0.4, step=0.1, final_fine_tune=FineTune(epochs=2))
+    assert "  - target:" in str(caught.value) and "  - step:" in str(caught.value)
+    assert "  - final_fine_tune: stored None, asked {'epochs': 2," in str(caught.value)
+    assert str(caught.value).count("  - ") == 3
+
+
+def test_the_same_study_is_continued(create):
+    first = optimize(create(), 1)
+    again = optimize(create(), 2)
+    assert len(again.candidates()) >= 2
+    assert first.candidates()[0] == again.candidates()[0]
+
+
+@pytest.mark.parametrize("directions", [["minimize", "minimize"], ["maximize"]])
+def test_a_study_with_other_directions_is_refused(create, tmp_path, directions):
+    storage = open_storage(None, Workspace(tmp_path).prepare())
+    with quiet_optuna():
+        optuna.create_study(study_name="first", storage=storage, directions=directions)
+    found = ", ".join(directions)
+    with pytest.raises(StudyMismatchError, match=f"directions: stored {found}; wanted maximize, minimize"):
+        create()
+
+
+def test_a_study_of_another_tool_is_refused(create, tmp_path):
+    storage = open_storage(None, Workspace(tmp_path).prepare())
+    with quiet_optuna():
+        study = optuna.create_study(study_name="first", storage=storage, directions=DIRECTIONS)
+    study.enqueue_trial({"x": 1})
+    for opened in (create, lambda: load_study("first", workspace=tmp_path)):
+        with pytest.raises(StudyMismatchError, match="was not made by compress_search"):
+            opened()
+
+
+def test_a_study_that_was_killed_while_it_was_created_is_created(create, tmp_path):
+    storage = open_storage(None, Workspace(tmp_path).prepare())
+    with quiet_optuna():
+        optuna.create_study(study_name="first", storage=storage, directions=DIRECTIONS)
+    study = create()
+    assert study.optuna_study.metric_names == ["accuracy", "mac_ratio"]
+    assert load_study("first", workspace=tmp_path).settings == study.settings
+
+
+def test_another_version_is_a_warning_only(create, caplog):
+    study = create()
+    stored = study.optuna_study.user_attrs["compress_search"]
+    versions = stored["versions"] | {"torch": "1.0"}
+    study.optuna_study.set_user_attr("compress_search", stored | {"versions": versions})
+    with caplog.at_level(logging.WARNING, logger="compress_search"):
+        create()
+    assert "made with torch 1.0; it goes on with " in caplog.text
+
+
+def test_a_study_of_a_later_version_is_not_misread(create):
+    study = create()
+    stored = study.optuna_study.user_attrs["compress_search"]
+    settings = stored["settings"] | {"telepathy": True}
+    study.optuna_study.set_user_attr("compress_search", stored | {"settings": settings})
+    with pytest.raises(StudyMismatchError, match="whose settings this version cannot read"):
+        create()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "ünder", "a b", "stages", "study.db", "-x"])
+def test_a_name_that_is_no_folder_is_refused(create, name):
+    with pytest.raises(StudyError, match=r"use letters, digits and \. _ -"):
+        create(name)
+
+
+def test_bad_input_is_refused_before_anything_is_written(create, tiny_task, tmp_path):
+    with pytest.raises(ConfigError):
+        create(target=1.5)
+    with pytest.raises(TaskError, match="train is empty"):
+        create(task=tiny_task(train=[]))
+    with pytest.raises(StudyError, match="device is 'gpu'"):
+        create(device="gpu")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EvaluationError):
+        create(task=tiny_task(evaluate=lambda model, loader: float("nan")))
+    with pytest.raises(StudyError, match="It has none"):
+        load_study("first", workspace=tmp_path)
+    with pytest.raises(StudyError, match="n_trials is 0"):
+        create().optimize(0)
+
+
+def test_a_workspace_that_cannot_be_written_is_refused(create, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkspaceError):
+        create(workspace=tmp_path / "file")
+
+
+def test_a_study_that_does_not_exist_is_not_found_with_those_that_do(create, tmp_path):
+    create("digits")
+    create("letters")
+    with pytest.raises(StudyError, match=r"It has: digits, letters\. Did you mean 'digits'\?"):
+        load_study("digit", workspace=tmp_path)
+    with pytest.raises(StudyError, match="There is no database"):
+        load_study("digits", workspace=tmp_path / "elsewhere")
+
+
+def test_a_task_without_test_data_says_so(create):
+    study = optimize(create(), 1)
+    with pytest.raises(TaskError, match="has no test data"):
+        study.test(study.candidates()[0])
+
+
+def test_the_status_of_a_study_with_interrupted_and_waiting_trials(create, monkeypatch):
+    study = create()
+    assert "0 trials finished (none yet)" in str(study.status())
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    optimize(study, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("compress_search.stages.fine_tune", stop)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(study, 2)
+    status = study.status()
+    assert (status.n_interrupted, status.finished, status.wanted) == (1, 1, 2)
+    assert status.counts["waiting"] == 3
+    assert "Interrupted and run again: 1." in str(status)
+    assert [c.state for c in study.candidates()] == ["complete", "waiting", "waiting", "waiting"]
