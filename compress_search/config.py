@@ -27,7 +27,7 @@ from compress_search.search.storage import parse_url
 from compress_search.search.study import check_name, choose_device
 from compress_search.task import Task
 from compress_search.task_path import load_task, resolve_task_path
-from compress_search.workspace import write_text_atomically
+from compress_search.workspace import default_workspace, write_text_atomically
 from compress_search.yaml_settings import apply_overrides, build, parse_yaml, unknown_keys
 
 T = TypeVar("T")
@@ -50,7 +50,8 @@ class StudyConfig:
         n_trials: Total number of finished trials that the study is to have.
         max_drop: The largest drop of accuracy that the chosen model may have (0.01 is one point);
             ``None`` chooses the most accurate one.
-        workspace: Folder of the results, relative to the current one.
+        workspace: Folder of the results, relative to the current one; by default
+            ``$COMPRESS_SEARCH_WORKSPACE``, else ``runs``.
         storage: URL of the database of the study; ``None`` is a SQLite file in the workspace.
         device: Where to compute, for example ``"cpu"`` or ``"cuda:1"``; ``None`` takes the first GPU
             if there is one.
@@ -62,7 +63,7 @@ class StudyConfig:
     task_args: Mapping[str, Any] = field(default_factory=dict)
     n_trials: int = 20
     max_drop: float | None = None
-    workspace: Path = Path("runs")
+    workspace: Path = field(default_factory=default_workspace)
     storage: str | None = None
     device: str | None = None
 

@@ -26,6 +26,8 @@ from typing import Any
 
 from compress_search.exceptions import WorkspaceError
 
+WORKSPACE_VARIABLE = "COMPRESS_SEARCH_WORKSPACE"
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -53,7 +55,7 @@ class Workspace:
         except OSError as error:
             raise WorkspaceError(
                 f"The workspace {str(self.root)!r} cannot be written ({error}). "
-                "Choose another folder: --workspace DIR on the command line, workspace=... in Python."
+                "Choose another folder: workspace=DIR, after `compress-search run CONFIG` and in Python."
             ) from error
         return self
 
@@ -85,6 +87,11 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def default_workspace() -> Path:
+    """The folder that the command line uses where none is named."""
+    return Path(os.environ.get(WORKSPACE_VARIABLE, "runs"))
 
 
 def write_text_atomically(path: Path, text: str) -> None:

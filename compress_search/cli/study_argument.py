@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress_search.exceptions import StudyError
+from compress_search.workspace import WORKSPACE_VARIABLE, default_workspace
 
 if TYPE_CHECKING:
     from compress_search.config import StudyConfig
     from compress_search.search.study import CompressionStudy
     from compress_search.task import Task
-
-WORKSPACE_VARIABLE = "COMPRESS_SEARCH_WORKSPACE"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def add_study_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace",
         metavar="DIR",
-        default=os.environ.get(WORKSPACE_VARIABLE, "runs"),
+        default=default_workspace(),
         help=f"where studies are looked up by name (default: ${WORKSPACE_VARIABLE}, else runs)",
     )
     parser.add_argument(
