@@ -27,7 +27,7 @@ def test_a_prepared_workspace_is_there_and_empty(tmp_path):
 def test_an_unwritable_workspace_is_refused_with_the_remedy(tmp_path):
     # A path below a regular file cannot be written by root either.
     (tmp_path / "file").write_text("")
-    with pytest.raises(WorkspaceError, match=r"cannot be written .*workspace=DIR, after `compress-search run"):
+    with pytest.raises(WorkspaceError, match=r"cannot be written .*workspace=DIR, after `compress"):
         Workspace(tmp_path / "file" / "runs").prepare()
 
 
