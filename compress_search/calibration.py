@@ -6,6 +6,7 @@ Everything streams over the batches: memory grows with the layers, not with the 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress_search.exceptions import ModelError
 from compress_search.profile import inference_mode_of
+
+logger = logging.getLogger("compress_search")
 
 _CHUNK_ELEMENTS = 2**24
 """Largest number of elements of unfolded patches that are held at a time (64 MB in float32)."""
@@ -47,7 +50,7 @@ def gram_matrices(
     def accumulate(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             for piece in torch.split(inputs[0], examples_at_a_time(inputs[0], patches[name])):
-                rows = with_ones(patches[name](piece))
+                rows = with_ones(in_full_precision(patches[name](piece)))
                 gram = rows.transpose(1, 2).matmul(rows).double()
                 sums[name] = sums[name] + gram if name in sums else gram
                 rows_seen[name] = rows_seen.get(name, 0) + rows.shape[1]
@@ -60,7 +63,18 @@ def gram_matrices(
     finally:
         for hook in hooks:
             hook.remove()
+    warn_of_few_rows([name for name in patches if rows_seen[name] < len(sums[name][0])])
     return {name: check_finite(sums[name] / rows_seen[name], layer=name) for name in patches}
+
+
+def warn_of_few_rows(layers: Sequence[str]) -> None:
+    """Say which layers have fewer calibration rows than input features, if any."""
+    if layers:
+        logger.warning(
+            "There are fewer calibration rows than input features in: %s. A ridge keeps the fit sane; more "
+            "calibration samples would serve it better.",
+            ", ".join(layers),
+        )
 
 
 def examples_at_a_time(inputs: Tensor, patches: Patches) -> int:
@@ -71,6 +85,11 @@ def examples_at_a_time(inputs: Tensor, patches: Patches) -> int:
         patches: Unfolds it.
     """
     return max(1, _CHUNK_ELEMENTS // max(1, patches(inputs[:1]).numel()))
+
+
+def in_full_precision(values: Tensor) -> Tensor:
+    """Return half-precision values in float32, in which sums of products do not overflow; others as is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def with_ones(rows: Tensor) -> Tensor:
@@ -93,11 +112,16 @@ def check_finite(matrix: Tensor, *, layer: str) -> Tensor:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Make sure that all parameters and buffers are finite.
+    """Make sure that all parameters and buffers are finite and lie on one device.
 
     Raises:
-        ModelError: One is not; it is named.
+        ModelError: One is not finite, and is named; or there are several devices.
     """
+    devices = sorted({str(tensor.device) for tensor in model.state_dict().values()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"The model lies on several devices ({', '.join(devices)}). Put it on one: model.to(device)."
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(

@@ -20,14 +20,20 @@ class Compress:
         mac_ratio: MACs to keep / MACs of the model that this stage gets, in (0, 1].
         selection: How each layer's size is chosen, a key of :data:`compress_search.selection.SELECTORS`.
         samples: Number of unlabelled calibration examples; 0 is the data-free mode.
+        ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
+        round_to: Ranks and channels are multiples of this.
     """
 
     method: str
     mac_ratio: float
     selection: str = "uniform"
     samples: int = 512
+    ignore: tuple[str, ...] = ()
+    round_to: int = 1
 
     def __post_init__(self) -> None:
+        # JSON has no tuples.
+        object.__setattr__(self, "ignore", tuple(self.ignore))
         check_ratio(self.mac_ratio, what=f"mac_ratio of {self.method}")
 
     @property

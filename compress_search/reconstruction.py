@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import check_finite, examples_at_a_time, with_ones
+from compress_search.calibration import (
+    check_finite,
+    examples_at_a_time,
+    in_full_precision,
+    warn_of_few_rows,
+    with_ones,
+)
 from compress_search.linear_algebra import mean_energy, ridge_cholesky
 from compress_search.patches import input_patches, output_rows, set_weights_from_rows
 from compress_search.profile import inference_mode_of
@@ -56,15 +62,18 @@ class Moments:
     Attributes:
         gram: ``(groups, regressors, regressors)``, sum of outer products of the input rows.
         cross: ``(groups, regressors, channels / groups)``, sum of their outer products with the residuals.
+        rows: Number of input rows.
         has_bias: Whether the last regressor is that of the bias.
     """
 
     gram: Tensor
     cross: Tensor
+    rows: int
     has_bias: bool
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.gram + other.gram, self.cross + other.cross, self.has_bias)
+        rows = self.rows + other.rows
+        return Moments(self.gram + other.gram, self.cross + other.cross, rows, self.has_bias)
 
     def change_of_error(self, correction: Tensor) -> float:
         """Change of the summed squared error if ``correction`` is added to the weights.
@@ -91,10 +100,14 @@ def refit_in_forward_order(
     """
     if not batches:
         return
+    few = []
     for refit in refits:
         fitted, held_out = _moments(model, original, refit, batches)
+        if fitted.rows < fitted.gram.shape[1]:
+            few.append(refit.layer)
         correction = ridge_correction(fitted, held_out)
         _add_to_weights(model.get_submodule(refit.layer), correction)
+    warn_of_few_rows(few)
 
 
 def ridge_correction(fitted: Moments, held_out: Moments | None) -> Tensor:
@@ -167,11 +180,11 @@ def _batch_moments(layer: nn.Module, inputs: Tensor, residual: Tensor) -> Moment
     has_bias = layer.bias is not None
     total: Moments | None = None
     for piece, left in zip(torch.split(inputs, size), torch.split(residual, size), strict=True):
-        rows = input_patches(layer, piece)
+        rows = in_full_precision(input_patches(layer, piece))
         rows = with_ones(rows) if has_bias else rows
         gram = rows.transpose(1, 2) @ rows
-        cross = rows.transpose(1, 2) @ output_rows(layer, left)
-        moments = Moments(gram.double(), cross.double(), has_bias)
+        cross = rows.transpose(1, 2) @ in_full_precision(output_rows(layer, left))
+        moments = Moments(gram.double(), cross.double(), rows.shape[1], has_bias)
         total = moments if total is None else total + moments
     assert total is not None
     return total

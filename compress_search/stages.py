@@ -166,8 +166,8 @@ class StageRunner:
         return self._finish(key, stage.name, plan, changed, started=started), changed
 
     def _choose_sizes(self, stage: Compress, model: nn.Module) -> tuple[Analysis, Sizes]:
-        analysis = METHODS[stage.method].analyse(model, self._example)
-        return analysis, SELECTORS[stage.selection](analysis, stage.mac_ratio)
+        analysis = METHODS[stage.method].analyse(model, self._example, ignore=stage.ignore)
+        return analysis, SELECTORS[stage.selection](analysis, stage.mac_ratio, round_to=stage.round_to)
 
     def _finish(
         self, key: str, name: str, plan: CompressionPlan, model: nn.Module, *, started: float

@@ -20,6 +20,7 @@ from compress_search.calibration import check_weights
 from compress_search.exceptions import ModelError
 from compress_search.methods.channel_choice import choose_blocks
 from compress_search.methods.coupling import CoupledGroup, Coupling, find_coupling, keep_blocks
+from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.method import Compressed, Sizes, Unit
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
@@ -40,8 +41,10 @@ class ChannelPruning:
     ) -> ChannelPruningAnalysis:
         """Find the groups of coupled channels that can be pruned."""
         check_weights(model)
-        coupling = find_coupling(model, example_input, ignore=ignore)
-        return ChannelPruningAnalysis(model, profile_model(model, example_input), coupling, frozenset(ignore))
+        profile = profile_model(model, example_input)
+        ignored = layers_matching(ignore, profile)
+        coupling = find_coupling(model, example_input, ignore=ignored)
+        return ChannelPruningAnalysis(model, profile, coupling, ignored)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,12 @@ class ChannelPruningAnalysis:
         """One unit a group of coupled channels; its size is the number of blocks that stay."""
         counted = {layer.name for layer in self.profile.layers}
         return tuple(
-            Unit(group.name, group.size, tuple(m.layer for m in group.members if m.layer in counted))
+            Unit(
+                group.name,
+                group.size,
+                layers=tuple(m.layer for m in group.members if m.layer in counted),
+                widths=tuple(m.width for m in group.members),
+            )
             for group in self.coupling.groups
         )
 

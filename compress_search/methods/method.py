@@ -10,6 +10,7 @@ builds the compressed model. Two laws hold for every method:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,11 +32,17 @@ class Unit:
         name: The layer's name, or the name of the first layer that makes the coupled channels.
         full_size: The size (rank, channels) at which nothing is lost.
         layers: Names of the layers whose MACs depend on the size.
+        widths: How many channels one step of the size is worth, in each place where it counts.
     """
 
     name: str
     full_size: int
     layers: tuple[str, ...]
+    widths: tuple[int, ...] = (1,)
+
+    def step(self, round_to: int) -> int:
+        """The smallest step of the size that keeps all channel counts multiples of ``round_to``."""
+        return math.lcm(*(round_to // math.gcd(width, round_to) for width in self.widths))
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,9 @@ class Method(Protocol):
         Args:
             model: The model. It is not changed.
             example_input: ``(batch, ...)``.
-            ignore: Names of layers to leave alone.
+            ignore: Names of layers to leave alone, or patterns such as ``"head.*"``.
 
         Raises:
-            ModelError: The model does not run, cannot be traced, or has weights that are not finite.
+            ModelError: A name matches no layer; or the model does not run, cannot be traced, lies on several
+                devices, or has weights that are not finite.
         """

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
+from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.weight_svd import split_channels
 from compress_search.profile import profile_model
@@ -35,7 +36,7 @@ class SpatialSVD:
         """Find the convolutions that spatial SVD can make cheaper."""
         check_weights(model)
         profile = profile_model(model, example_input)
-        return FactorisationAnalysis(self.name, model, profile, frozenset(ignore), split_axes)
+        return FactorisationAnalysis(self.name, model, profile, layers_matching(ignore, profile), split_axes)
 
 
 def split_axes(layer: nn.Module) -> KernelSplit | str:

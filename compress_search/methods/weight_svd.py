@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
+from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.profile import COUNTED_LAYERS, profile_model
 
@@ -33,7 +34,9 @@ class WeightSVD:
         """Find the layers that weight SVD can make cheaper."""
         check_weights(model)
         profile = profile_model(model, example_input)
-        return FactorisationAnalysis(self.name, model, profile, frozenset(ignore), split_channels)
+        return FactorisationAnalysis(
+            self.name, model, profile, layers_matching(ignore, profile), split_channels
+        )
 
 
 def split_channels(layer: nn.Module) -> KernelSplit | str:

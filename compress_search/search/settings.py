@@ -28,6 +28,8 @@ class SearchSettings:
             :data:`compress_search.methods.METHODS`. The last one brings the model to the target.
         selection: How each layer's size is chosen, a key of :data:`compress_search.selection.SELECTORS`.
         samples: Number of unlabelled calibration examples; 0 is the data-free mode.
+        ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
+        round_to: Ranks and channels are multiples of this.
         fine_tune: The fine-tuning after each method but the last.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         step: Step of the grid of the first method's ratio. Trials with the same ratio share the first
@@ -43,6 +45,8 @@ class SearchSettings:
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning")
     selection: str = "uniform"
     samples: int = 512
+    ignore: tuple[str, ...] = ()
+    round_to: int = 1
     fine_tune: FineTune = field(default_factory=FineTune)
     final_fine_tune: FineTune | None = None
     step: float = 0.05
@@ -56,7 +60,7 @@ class SearchSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values."""
-        return dataclasses.asdict(self) | {"methods": list(self.methods)}
+        return dataclasses.asdict(self) | {"methods": list(self.methods), "ignore": list(self.ignore)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SearchSettings:
@@ -66,6 +70,7 @@ class SearchSettings:
             **{
                 **value,
                 "methods": tuple(value["methods"]),
+                "ignore": tuple(value["ignore"]),
                 "fine_tune": FineTune(**value["fine_tune"]),
                 "final_fine_tune": None if final is None else FineTune(**final),
             }
@@ -77,6 +82,7 @@ def _faults_of(settings: SearchSettings) -> list[str]:
     checks = (
         ("target", s.target, 0 < s.target < 1, "in (0, 1): the share of the MACs to keep (0.5 keeps half)"),
         ("samples", s.samples, s.samples >= 0, "0 (data-free) or more"),
+        ("round_to", s.round_to, s.round_to >= 1, "1 (no rounding) or more, for example 8"),
         ("step", s.step, 0 < s.step < 1, "in (0, 1), for example 0.05"),
         (
             "max_drop_after_ssvd",

@@ -179,4 +179,11 @@ def _proposal(settings: SearchSettings, ratios: Sequence[float]) -> Proposal:
 
 
 def _compress(settings: SearchSettings, method: str, ratio: float) -> Compress:
-    return Compress(method=method, mac_ratio=ratio, selection=settings.selection, samples=settings.samples)
+    return Compress(
+        method=method,
+        mac_ratio=ratio,
+        selection=settings.selection,
+        samples=settings.samples,
+        ignore=settings.ignore,
+        round_to=settings.round_to,
+    )

@@ -12,6 +12,8 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
 
 from compress_search.exceptions import StudyError
+from compress_search.methods.ignored_layers import layers_matching
+from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.search.compression_study import CompressionStudy, TestScore
@@ -44,6 +46,8 @@ def create_study(
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning"),
     selection: str = "uniform",
     samples: int = 512,
+    ignore: tuple[str, ...] = (),
+    round_to: int = 1,
     fine_tune: FineTune | None = None,
     final_fine_tune: FineTune | None = None,
     step: float = 0.05,
@@ -67,6 +71,8 @@ def create_study(
         methods: The compression methods, in order.
         selection: How each layer's size is chosen.
         samples: Number of unlabelled calibration examples.
+        ignore: Names or patterns of layers to leave alone.
+        round_to: Ranks and channels are multiples of this.
         fine_tune: The fine-tuning after each method but the last; ``None`` is the default one.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         step: Step of the grid of the first method's ratio.
@@ -80,6 +86,7 @@ def create_study(
     Raises:
         ConfigError: Settings are out of range; all faults are in the message.
         TaskError: The task cannot be used.
+        ModelError: ``ignore`` names a layer that the model does not have.
         WorkspaceError: The workspace cannot be written.
         StudyMismatchError: A study of that name was made with other settings, or by another program.
         StudyError: The name, the device or the database cannot be used.
@@ -91,6 +98,8 @@ def create_study(
         methods=tuple(methods),
         selection=selection,
         samples=samples,
+        ignore=tuple(ignore),
+        round_to=round_to,
         fine_tune=fine_tune or FineTune(),
         final_fine_tune=final_fine_tune,
         step=step,
@@ -100,6 +109,7 @@ def create_study(
     )
     place, where = Workspace(Path(workspace)), choose_device(device)
     task.check(task.build_model(), where)
+    layers_matching(settings.ignore, profile_model(task.build_model(), task.example_input, warn=True))
     runner = _runner(task, place.prepare(), settings, where, Progress())
     database = open_storage(storage, place)
     study = _find(database, name)

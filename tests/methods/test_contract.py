@@ -149,6 +149,36 @@ def test_training_mode_and_gradients_of_the_users_model_stay(method):
 
 
 @every_method
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions_are_kept(method, precision):
+    model = zoo.build("Residual").to(precision)
+    batches = [batch.to(precision) for batch in _batches(128)]
+    analysis = method.analyse(model, EXAMPLE.to(precision))
+    compressed = analysis.apply(select_uniform(analysis, 0.6), batches).model
+    assert {parameter.dtype for parameter in compressed.parameters()} == {precision}
+    free = analysis.apply(select_uniform(analysis, 0.6), []).model
+    assert divergence(compressed, model, batches) < divergence(free, model, batches)
+
+
+@every_method
+def test_a_model_on_several_devices_is_refused(method):
+    model = zoo.build("Residual")
+    model.head = model.head.to("meta")
+    with pytest.raises(ModelError, match=r"several devices \(cpu, meta\)"):
+        method.analyse(model, EXAMPLE)
+
+
+@every_method
+def test_too_few_samples_are_warned_of_and_still_give_a_finite_model(method, caplog):
+    model = zoo.build("Concatenation")
+    analysis = method.analyse(model, EXAMPLE)
+    few = [batch[:1] for batch in _batches(32)]
+    compressed = analysis.apply(select_uniform(analysis, 0.5), few).model
+    assert "fewer calibration rows than input features in: " in caplog.text
+    assert all(torch.isfinite(parameter).all() for parameter in compressed.parameters())
+
+
+@every_method
 def test_the_same_data_gives_the_same_model(method):
     model = zoo.build("Residual")
     fingerprints = set()

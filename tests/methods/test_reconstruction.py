@@ -14,7 +14,7 @@ from compress_search.reconstruction import Moments, Refit, refit_in_forward_orde
 
 
 def _moments(rows: torch.Tensor, residual: torch.Tensor, *, has_bias: bool) -> Moments:
-    return Moments((rows.T @ rows)[None], (rows.T @ residual)[None], has_bias)
+    return Moments((rows.T @ rows)[None], (rows.T @ residual)[None], len(rows), has_bias)
 
 
 def test_the_correction_is_the_least_squares_solution():

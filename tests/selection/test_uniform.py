@@ -10,6 +10,7 @@ from torch import nn
 
 from compress_search.exceptions import RatioError
 from compress_search.methods import METHODS
+from compress_search.methods.method import Unit
 from compress_search.selection import SELECTORS
 from compress_search.selection.uniform import select_uniform
 
@@ -69,6 +70,33 @@ def test_a_ratio_that_cannot_be_reached_names_the_smallest_that_can():
     smallest = analysis.predict_macs({unit.name: 1 for unit in analysis.units}) / analysis.profile.macs
     with pytest.raises(RatioError, match=f"smallest reachable is {smallest:.4f}"):
         select_uniform(analysis, 0.001)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("round_to", [4, 8])
+def test_sizes_are_rounded_to_a_multiple(method, round_to):
+    analysis = method.analyse(_chain([64, 48, 64]), torch.zeros(1, 3, 8, 8))
+    sizes = select_uniform(analysis, 0.6, round_to=round_to)
+    assert sizes and all(size % round_to == 0 for size in sizes.values())
+    assert analysis.predict_macs(sizes) <= 0.6 * analysis.profile.macs
+    compressed = analysis.apply(sizes, []).model
+    for layer in compressed.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.out_channels % round_to == 0
+
+
+def test_rounding_counts_channels_where_a_block_is_several():
+    unit = Unit("group", 12, ("layer",), widths=(2, 6))
+    # 4 blocks of 2 channels are 8; 6 channels a block need 4 blocks to be a multiple of 8 too.
+    assert unit.step(8) == 4
+    assert unit.step(1) == 1
+
+
+def test_an_unreachable_ratio_names_the_layers_that_hold_it_up():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+    analysis = METHODS["spatial_svd"].analyse(model, torch.zeros(1, 3, 12, 12), ignore=["1"])
+    with pytest.raises(RatioError, match=r"lift what holds it up: 1 \(.*% of the MACs; you asked"):
+        select_uniform(analysis, 0.3)
 
 
 def test_uniform_is_in_the_table():

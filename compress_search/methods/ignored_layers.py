@@ -1,0 +1,38 @@
+"""Which layers a user wants left alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from compress_search.exceptions import ModelError
+from compress_search.profile import ModelProfile
+
+
+def layers_matching(patterns: Collection[str], profile: ModelProfile) -> frozenset[str]:
+    """Return the counted layers that some pattern names.
+
+    Args:
+        patterns: Names, or patterns in which ``*`` stands for anything, as in ``"layer1.*"``. A name stands
+            for all layers below it, too.
+        profile: The model's cost, for its layers.
+
+    Raises:
+        ModelError: A pattern matches no layer; the nearest names are given, all faults at once.
+    """
+    names = [layer.name for layer in profile.layers]
+    found: set[str] = set()
+    faults = []
+    for pattern in patterns:
+        matches = {n for n in names if fnmatchcase(n, pattern) or n.startswith(f"{pattern}.")}
+        found |= matches
+        if not matches:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            remedy = (
+                f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Layers: {', '.join(names)}."
+            )
+            faults.append(f"ignore names {pattern!r}, which matches no convolution or linear layer. {remedy}")
+    if faults:
+        raise ModelError("\n".join(faults))
+    return frozenset(found)
