@@ -36,9 +36,11 @@ class Factors:
 def factorise(matrix: Tensor, gram: Tensor | None = None) -> Factors:
     """Factorise a matrix so that each truncation has the least expected squared output error.
 
-    Minimises ``E |x (M - M_k)|^2 = |L^T (M - M_k)|^2`` with ``gram = E x^T x = L L^T``. The right singular
-    vectors ``V`` of ``L^T M`` give ``M_k = (M V_k) V_k^T`` without inverting ``L``. Each component's scale is
-    shared evenly between its two factors, which keeps fine-tuning well conditioned.
+    Minimises ``E |x (M - M_k)|^2 = |L^T (M - M_k)|^2`` with ``gram = E x^T x = L L^T``. With the singular
+    vectors of ``L^T M = U S V^T`` the answer is ``(M V_k) V_k^T``, and as well ``(L^-T U_k) (U_k^T L^T M)``.
+    Whichever of ``V`` and ``U`` is smaller is found as eigenvectors of the smaller product of ``L^T M`` with
+    itself, many times faster than all singular vectors. Each component's scale is shared evenly between its
+    two factors, which keeps fine-tuning well conditioned.
 
     Args:
         matrix: ``(..., p, q)`` in float64, acting as ``x @ matrix``.
@@ -47,10 +49,17 @@ def factorise(matrix: Tensor, gram: Tensor | None = None) -> Factors:
     Returns:
         All ``min(p, q)`` components.
     """
-    weighted = matrix
-    if gram is not None:
-        weighted = ridge_cholesky(gram, _RIDGE * mean_energy(gram)).mT @ matrix
-    _, singular, right = torch.linalg.svd(weighted, full_matrices=False)
-    left = matrix @ right.mT
-    scale = left.norm(dim=-2).clamp_min(torch.finfo(left.dtype).tiny).sqrt()
-    return Factors(left / scale[..., None, :], right * scale[..., None], singular.square())
+    p, q = matrix.shape[-2:]
+    lower = None if gram is None else ridge_cholesky(gram, _RIDGE * mean_energy(gram))
+    weighted = matrix if lower is None else lower.mT @ matrix
+    product = weighted.mT @ weighted if q <= p else weighted @ weighted.mT
+    energy, vectors = torch.linalg.eigh(product)
+    energy, vectors = energy.flip(-1).clamp_min(0), vectors.flip(-1)
+    if q <= p:
+        left, right = matrix @ vectors, vectors.mT
+    else:
+        left = vectors if lower is None else torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
+        right = vectors.mT @ weighted
+    tiny = torch.finfo(left.dtype).tiny
+    scale = (left.norm(dim=-2).clamp_min(tiny) / right.norm(dim=-1).clamp_min(tiny)).sqrt()
+    return Factors(left / scale[..., None, :], right * scale[..., None], energy)
