@@ -23,6 +23,12 @@ logger = logging.getLogger("compress_search")
 _CHUNK_ELEMENTS = 2**24
 """Largest number of elements of unfolded patches that are held at a time (64 MB in float32)."""
 
+_GRAM_ELEMENTS = 2**27
+"""How many elements of Gram matrices are accumulated in one pass (1 GB in float64)."""
+
+WIDEST = 8192
+"""Layers with more input features than this have no Gram matrix (0.5 GB in float64 at this width)."""
+
 Patches = Callable[[Tensor], Tensor]
 """Turns a layer's input into rows ``(groups, rows, features)``."""
 
@@ -30,7 +36,9 @@ Patches = Callable[[Tensor], Tensor]
 def gram_matrices(
     model: nn.Module, patches: Mapping[str, Patches], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Accumulate the second moments of layers' input patches in one pass.
+    """Accumulate the second moments of layers' input patches.
+
+    One pass over the batches serves as many layers as fit into a bounded memory.
 
     Args:
         model: The model.
@@ -38,12 +46,59 @@ def gram_matrices(
         batches: Calibration inputs, each ``(batch, ...)``.
 
     Returns:
-        For each layer ``(groups, features + 1, features + 1)`` in float64: the mean over the rows of the
-        outer product of ``(row, 1)`` with itself. The last column holds the mean of the rows.
+        For each layer of at most :data:`WIDEST` features ``(groups, features + 1, features + 1)`` in float64:
+        the mean over the rows of the outer product of ``(row, 1)`` with itself. The last column holds the
+        mean of the rows.
 
     Raises:
         ModelError: A layer's input is not finite.
     """
+    sizes = _gram_sizes(model, patches, batches[0][:1])
+    wide = [name for name, elements in sizes.items() if elements > WIDEST**2]
+    if wide:
+        logger.warning("Too wide for a Gram matrix, so treated without data: %s.", ", ".join(wide))
+    grams: dict[str, Tensor] = {}
+    for names in _passes({name: elements for name, elements in sizes.items() if name not in wide}):
+        grams |= _gram_matrices(model, {name: patches[name] for name in names}, batches)
+    return grams
+
+
+def _gram_sizes(model: nn.Module, patches: Mapping[str, Patches], example: Tensor) -> dict[str, int]:
+    """Number of elements of each layer's Gram matrices."""
+    sizes: dict[str, int] = {}
+
+    def measure(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            groups, _, features = patches[name](inputs[0][:1]).shape
+            sizes[name] = groups * features**2
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(measure(name)) for name in patches]
+    try:
+        run(model, [example])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+def _passes(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Divide layers into passes of at most ``_GRAM_ELEMENTS`` elements, or of a single layer."""
+    passes: list[list[str]] = []
+    filled = 0
+    for name, elements in sizes.items():
+        if not passes or filled + elements > _GRAM_ELEMENTS:
+            passes.append([])
+            filled = 0
+        passes[-1].append(name)
+        filled += elements
+    return passes
+
+
+def _gram_matrices(
+    model: nn.Module, patches: Mapping[str, Patches], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     rows_seen: dict[str, int] = {}
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.calibration import (
+    WIDEST,
     check_finite,
     examples_at_a_time,
     in_full_precision,
@@ -102,6 +103,11 @@ def refit_in_forward_order(
         return
     few = []
     for refit in refits:
+        layer = model.get_submodule(refit.layer)
+        assert isinstance(layer.weight, nn.Parameter)
+        if layer.weight[0].numel() > WIDEST:
+            # Its Gram matrix would not fit into a bounded memory.
+            continue
         fitted, held_out = _moments(model, original, refit, batches)
         if fitted.rows < fitted.gram.shape[1]:
             few.append(refit.layer)

@@ -82,8 +82,10 @@ class _History:
         first.full_inputs = self.modules[edit.layer].full_inputs
         last.full_outputs = self.modules[edit.layer].full_outputs
         self.modules = modules
-        if technique(method) not in self.methods:
-            self.methods.append(technique(method))
+        # A pointwise kernel has no axes to separate: whatever the method's name, this is the weight SVD.
+        name = "weight SVD of a 1x1 kernel" if all(map(_is_pointwise, edit.parts)) else technique(method)
+        if name not in self.methods:
+            self.methods.append(name)
 
     def describe(self) -> str:
         *inner, last = self.modules.values()
@@ -106,6 +108,11 @@ class _History:
             if sides:
                 done.append("channels " + ", ".join(sides))
         return "; ".join(done)
+
+
+def _is_pointwise(part: Part) -> bool:
+    kernel = part.arguments.get("kernel_size", ())
+    return kernel == 1 or (isinstance(kernel, tuple) and set(kernel) == {1})
 
 
 def layer_table(plan: CompressionPlan, before: ModelProfile, after: ModelProfile) -> tuple[LayerRow, ...]:

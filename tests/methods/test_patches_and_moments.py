@@ -129,3 +129,26 @@ def test_batchnorm_is_reestimated_only_where_that_helps():
     mended = with_best_batchnorm(off, reference, batches)
     assert divergence(mended, reference, batches) < 1e-6 < divergence(off, reference, batches)
     assert with_best_batchnorm(off, reference, []) is off
+
+
+def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+    batches = [torch.randn(8, 1, 9, 9) for _ in range(2)]
+    views = {name: (lambda x, layer=layer: input_patches(layer, x)) for name, layer in model.named_children()}
+    together = gram_matrices(model, views, batches)
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr("compress_search.calibration._GRAM_ELEMENTS", 36**2)
+    apart = gram_matrices(model, views, batches)
+    # One to measure, then the layers of 9, 36 and 4 features in three passes over two batches each.
+    assert len(runs) == 1 + 3 * 2
+    for name, gram in together.items():
+        assert torch.equal(apart[name], gram)
+
+
+def test_a_layer_too_wide_for_a_gram_matrix_is_left_out_and_named(monkeypatch, caplog):
+    monkeypatch.setattr("compress_search.calibration.WIDEST", 20)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    views = {name: (lambda x, layer=layer: input_patches(layer, x)) for name, layer in model.named_children()}
+    assert set(gram_matrices(model, views, [torch.randn(8, 1, 9, 9)])) == {"0"}
+    assert "Too wide for a Gram matrix, so treated without data: 1." in caplog.text

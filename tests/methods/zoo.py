@@ -145,9 +145,43 @@ class Shuffled(nn.Module):
         return self.head(functional.relu(self.mix(x)))
 
 
+class SpaceToDepth(nn.Module):
+    """A YOLO-like detector: space-to-depth, tensors made in forward, and a head of several maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(12, 16, 3, padding=1)
+        self.deep = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.lateral = nn.Conv2d(32, 12, 1)
+        self.fine, self.coarse = nn.Conv2d(12, 18, 1), nn.Conv2d(16, 18, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], dim=1)
+        shallow = functional.leaky_relu(self.stem(x))
+        deep = functional.silu(self.deep(shallow))
+        up = functional.interpolate(deep, scale_factor=2.0)
+        fine = self.fine(functional.relu(self.lateral(torch.cat([up, shallow], dim=1))))
+        boxes = []
+        for level in (fine, self.coarse(deep)):
+            batch, _, height, width = level.shape
+            level = level.view(batch, 3, 6, height, width).permute(0, 1, 3, 4, 2)
+            grid = torch.full((1, 1, height, width, 1), 0.5) + torch.zeros_like(level[..., :1])
+            boxes.append(torch.cat([level[..., :5].sigmoid(), level[..., 5:] + grid], dim=-1).flatten(1, 3))
+        return torch.cat(boxes, dim=1).transpose(1, 2)
+
+
 ZOO: dict[str, type[nn.Module]] = {
     net.__name__: net
-    for net in (Residual, Concatenation, DepthwiseWithGate, Reused, DenseOutput, Grouped, Shuffled)
+    for net in (
+        Residual,
+        Concatenation,
+        DepthwiseWithGate,
+        Reused,
+        DenseOutput,
+        Grouped,
+        Shuffled,
+        SpaceToDepth,
+    )
 }
 EXAMPLE_SHAPE = (1, 3, 16, 16)
 

@@ -142,3 +142,11 @@ def test_profiles_of_another_model_are_refused() -> None:
     elsewhere = PlanStep(method="spatial_svd", mac_ratio=0.6, edits=(_factorise("conv9", 8, 9, 12),))
     with pytest.raises(PlanError, match="factorises 'conv9'"):
         layer_table(CompressionPlan((elsewhere,)), dense, dense)
+
+
+def test_a_pointwise_layer_under_spatial_svd_is_said_to_be_the_weight_svd() -> None:
+    reduce = {"in_channels": 8, "out_channels": 3, "kernel_size": (1, 1)}
+    expand = {"in_channels": 3, "out_channels": 12, "kernel_size": (1, 1)}
+    edit = FactoriseLayer("conv2", 3, (Part("reduce", "Conv2d", reduce), Part("expand", "Conv2d", expand)))
+    row = _table(PlanStep(method="spatial_svd", mac_ratio=0.9, edits=(edit,)))["conv2"]
+    assert row.done == "weight SVD of a 1x1 kernel, rank 3"
