@@ -1,0 +1,97 @@
+"""Real processes, killed at random moments."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from compress_search.search.history import current_trials
+from compress_search.search.study import load_study
+
+N_TRIALS = 7
+
+PROGRAM = f"""
+import sys
+import torch
+from torch import nn
+from compress_search import FineTune, Task, create_study
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+images, labels = torch.randn(256, 1, 8, 8), torch.arange(256) % 4
+batches = [(images[i : i + 32], labels[i : i + 32]) for i in range(0, 256, 32)]
+net = nn.Sequential(
+    nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 24, 3, padding=1), nn.ReLU(),
+    nn.Flatten(), nn.Linear(24 * 64, 4),
+)
+task = Task(model=net, example_input=images[:1], train=batches[:6], validation=batches[6:])
+print("ready", flush=True)
+study = create_study(
+    "killed", task, target=0.5, workspace=sys.argv[1], samples=32, fine_tune=FineTune(epochs=2),
+    tolerance=0.05, device="cpu",
+)
+study.optimize({N_TRIALS})
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+
+    def make(workspace):
+        command = [sys.executable, str(program), str(tmp_path / workspace)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    return make
+
+
+def outcome(workspace):
+    study = load_study("killed", workspace=workspace)
+    trials = study.optuna_study.trials
+    assert {trial.state.name for trial in current_trials(trials)} == {"COMPLETE"}
+    found = sorted(
+        (c.params["c_ssvd"], c.params["c_cp"], c.accuracy, c.mac_ratio) for c in study.candidates()
+    )
+    study.storage.engine.dispose()
+    return found, study.status().n_interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_study_killed_at_random_moments_ends_as_the_undisturbed_one(start, tmp_path, how):
+    undisturbed = start("undisturbed")
+    undisturbed.communicate()
+    moments = random.Random(0)
+    stages = tmp_path / "disturbed" / "stages"
+    kills = 0
+    while True:
+        process = start("disturbed")
+        # Each process may finish one stage more: a trial that dies four times at the same one is given up.
+        before = count(stages)
+        while process.poll() is None and count(stages) == before:
+            time.sleep(0.01)
+        try:
+            process.communicate(timeout=moments.uniform(0, 3))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(how)
+            process.communicate()
+            kills += 1
+    assert (undisturbed.returncode, process.returncode) == (0, 0)
+    found, interrupted = outcome(tmp_path / "disturbed")
+    assert len(found) == N_TRIALS
+    assert found == outcome(tmp_path / "undisturbed")[0]
+    assert 0 < interrupted <= kills
+
+
+def count(stages):
+    return sum(not path.name.startswith(".") for path in stages.iterdir()) if stages.is_dir() else 0
