@@ -16,6 +16,8 @@ def test_settings_survive_json():
         fine_tune=FineTune(epochs=3),
         final_fine_tune=FineTune(lr=0.1),
         max_drop_after_ssvd=0.0,
+        ignore=("head.*",),
+        round_to=8,
     )
     assert SearchSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     plain = SearchSettings(target=0.4)
@@ -41,6 +43,7 @@ def test_settings_survive_json():
         ({"step": 0}, "step is 0"),
         ({"step": 1}, "step is 1"),
         ({"samples": -1}, "samples is -1"),
+        ({"round_to": 0}, "round_to is 0"),
         ({"max_drop_after_ssvd": -0.01}, "max_drop_after_ssvd is -0.01"),
         ({"seed": -1}, "seed is -1"),
     ],

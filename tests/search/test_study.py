@@ -203,6 +203,8 @@ def test_report_and_export_lie_in_the_studys_folder(finished):
         ({"max_drop_after_ssvd": 0.5}, "max_drop_after_ssvd", "None", "0.5"),
         ({"sampler": "random"}, "sampler", "'tpe'", "'random'"),
         ({"seed": 1}, "seed", "0", "1"),
+        ({"round_to": 2}, "round_to", "1", "2"),
+        ({"ignore": ("0",)}, "ignore", "[]", "['0']"),
     ],
 )
 def test_another_setting_is_refused_by_its_name(create, changes, field, stored, asked):
