@@ -12,7 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from compress_search.recipe import FineTune
 from compress_search.results import Candidate, Reference, StageResult
 from compress_search.search.candidates import STATES
-from compress_search.search.history import INTERRUPTED, STAGES, current_trials
+from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials
+from compress_search.search.recovery import Worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class StudyStatus:
         wanted: Total number of finished trials that was last asked for; ``None`` if it never ran.
         counts: Number of trials by state. Those that a retry stands in for are not counted.
         running: Per running trial, its number and its finished stages.
+        abandoned: The numbers of those whose process ran on this machine and is gone.
         best: The most accurate feasible candidate so far, if there is one.
         seconds_by_stage: Seconds of computing, by stage.
         reused_stages: Number of stages that trials found finished.
@@ -39,6 +41,7 @@ class StudyStatus:
     wanted: int | None
     counts: Mapping[str, int]
     running: Mapping[int, tuple[str, ...]]
+    abandoned: tuple[int, ...]
     best: Candidate | None
     seconds_by_stage: Mapping[str, float]
     reused_stages: int
@@ -58,7 +61,12 @@ class StudyStatus:
             f"Interrupted and run again: {self.n_interrupted}.",
         ]
         for number, stages in self.running.items():
-            lines.append(f"Running: trial {number}, finished so far: {', '.join(stages) or 'nothing'}.")
+            how = (
+                "Abandoned (its process is gone; resume runs it again)"
+                if number in self.abandoned
+                else "Running"
+            )
+            lines.append(f"{how}: trial {number}, finished so far: {', '.join(stages) or 'nothing'}.")
         lines.append(
             f"Original: accuracy {100 * self.reference.accuracy:.2f} %, {self.reference.macs:,} MACs."
         )
@@ -101,6 +109,7 @@ def status_of(
         best: The best candidate.
     """
     current = current_trials(trials)
+    running = [trial for trial in current if trial.state == TrialState.RUNNING]
     counted = Counter(STATES[trial.state] for trial in current)
     # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
     stages = [named for trial in trials for named in _named(_stages_of(trial))]
@@ -115,11 +124,12 @@ def status_of(
         reference=reference,
         wanted=wanted,
         counts={state: counted[state] for state in STATES.values()},
-        running={
-            trial.number: tuple(label for label, _ in _named(_stages_of(trial)))
-            for trial in current
-            if trial.state == TrialState.RUNNING
-        },
+        running={trial.number: tuple(label for label, _ in _named(_stages_of(trial))) for trial in running},
+        abandoned=tuple(
+            trial.number
+            for trial in running
+            if WORKER in trial.user_attrs and Worker(**trial.user_attrs[WORKER]).is_known_dead()
+        ),
         best=best,
         seconds_by_stage=seconds,
         reused_stages=len(reused),

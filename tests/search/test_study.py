@@ -27,6 +27,7 @@ from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.results import Reference
 from compress_search.search.identity import DIRECTIONS
+from compress_search.search.recovery import Worker
 from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.study import create_study, load_study
@@ -362,3 +363,15 @@ def test_the_status_of_a_study_with_interrupted_and_waiting_trials(create, monke
     assert status.counts["waiting"] == 3
     assert "Interrupted and run again: 1." in str(status)
     assert [c.state for c in study.candidates()] == ["complete", "waiting", "waiting", "waiting"]
+
+
+def test_the_status_tells_a_trial_whose_process_is_gone_from_a_running_one(create):
+    study = create()
+    storage, number = study.optuna_study._storage, study.optuna_study._study_id
+    here = Worker.this_process()
+    for worker in (here, dataclasses.replace(here, started=1.0)):
+        trial = storage.create_new_trial(number)
+        storage.set_trial_user_attr(trial, "worker", worker.to_dict())
+    text = str(study.status())
+    assert "Running: trial 0, finished so far: nothing." in text
+    assert "Abandoned (its process is gone; resume runs it again): trial 1," in text
