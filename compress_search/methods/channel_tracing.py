@@ -85,13 +85,18 @@ def trace_channels(model: nn.Module, example_input: Tensor) -> list[TracedGroup]
     try:
         with torch.enable_grad(), _reshapes_that_cannot_be_mapped_are_skipped():
             graph.build_dependency(traced, example_inputs=example_input[:1], verbose=False)
-            found = list(graph.get_all_groups(root_module_types=COUNTED_LAYERS))
     except Exception as error:
         raise ModelError(
             f"torch-pruning cannot trace {type(model).__name__} ({type(error).__name__}: {error}), so its "
             "channels cannot be pruned. Leave channel_pruning out of methods; the SVD methods need no trace."
         ) from error
-    return [_traced_group(number, items, graph, names) for number, items in enumerate(found)]
+    groups: list[TracedGroup] = []
+    made: set[str] = set()
+    for root in graph.module2node:
+        if isinstance(root, COUNTED_LAYERS) and names[root] not in made:
+            groups.append(_group_from(root, len(groups), graph, names))
+            made.update(groups[-1].makers)
+    return groups
 
 
 def merged_by_carriers(model: nn.Module, groups: Iterable[TracedGroup]) -> list[TracedGroup]:
@@ -123,6 +128,20 @@ def merged_by_carriers(model: nn.Module, groups: Iterable[TracedGroup]) -> list[
 def _carriers(model: nn.Module, group: TracedGroup) -> set[str]:
     modules = {layer: model.get_submodule(layer) for layer, _ in group.sides}
     return {n for n, m in modules.items() if isinstance(m, CONVOLUTIONS) and carries_channels(m)}
+
+
+def _group_from(
+    root: nn.Module, number: int, graph: DependencyGraph, names: Mapping[nn.Module, str]
+) -> TracedGroup:
+    pruner = graph.get_pruner_of_module(root)
+    channels = list(range(pruner.get_out_channels(root)))
+    try:
+        with _reshapes_that_cannot_be_mapped_are_skipped():
+            items = graph.get_pruning_group(root, pruner.prune_out_channels, channels)
+    except Exception as error:
+        fault = f"torch-pruning cannot follow its channels ({type(error).__name__}: {error})"
+        return TracedGroup((names[root],), frozenset(), (), fault)
+    return _traced_group(number, items, graph, names)
 
 
 def _traced_group(

@@ -48,7 +48,7 @@ SMALLEST = {
     # What each method can reach on nets of mostly depthwise and pointwise, or fully connected, layers; the
     # others reach 0.5.
     ("alexnet", "spatial_svd"): 0.6,
-    ("convnext_tiny", "channel_pruning"): 0.6,
+    ("convnext_tiny", "spatial_svd"): 0.95,
 }
 
 
@@ -90,10 +90,12 @@ def test_half_the_macs(net, method):
 
 
 @pytest.mark.parametrize("net", CNNS | TRANSFORMERS)
-def test_macs_are_half_the_flops_of_pytorchs_counter(net):
+def test_macs_are_half_the_flops_of_pytorchs_counter(net, monkeypatch):
     model, example = _build(net)
     profile = profile_model(model, example)
     counter = FlopCounterMode(display=False)
+    # Attention fused into one operation hides its linear layers from the counter.
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
     with counter, inference_mode_of(model):
         model(example)
     flops = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
