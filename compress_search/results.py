@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from compress_search.accuracy_scale import AccuracyScale
 from compress_search.exceptions import StudyError
 from compress_search.plan import CompressionPlan, apply_plan
 
@@ -239,17 +240,18 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
     """Format complete candidates as a plain table.
 
     One row a candidate: trial, each search variable, achieved ``mac_ratio``, validation accuracy and
-    drop (both in %), seconds.
+    drop (both in % where accuracies are shares), seconds.
     """
     names = sorted({name for candidate in candidates for name in candidate.params}, reverse=True)
-    header = ["trial", *names, "mac_ratio", "accuracy %", "drop %", "seconds"]
+    scale = AccuracyScale.of(c.accuracy for c in candidates if c.accuracy is not None)
+    header = ["trial", *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
     rows = [
         [
             str(c.number),
             *(f"{c.params[name]:.4g}" if name in c.params else "" for name in names),
             f"{c.mac_ratio:.4f}",
-            f"{100 * (c.accuracy or 0):.2f}",
-            f"{100 * (c.drop or 0):+.2f}",
+            f"{scale.factor * (c.accuracy or 0):.2f}",
+            f"{scale.factor * (c.drop or 0):+.2f}",
             f"{c.seconds:.1f}",
         ]
         for c in candidates

@@ -83,7 +83,10 @@ def batches(digits: TensorDataset, *, batch: int, shuffle: bool = False) -> Data
     return DataLoader(digits, sampler=BatchSampler(sampler, batch, drop_last=False), batch_size=None)
 
 
-def make_task(baseline: str = "runs/baselines/digits.safetensors") -> Task:
+BASELINE = Path(__file__).resolve().parents[1] / "runs" / "baselines" / "digits.safetensors"
+
+
+def make_task(baseline: str | Path = BASELINE) -> Task:
     """Build the task around the trained network.
 
     Args:
@@ -123,7 +126,7 @@ def main() -> None:
     model = best.load_model()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"Trial {best.number} keeps {best.mac_ratio:.1%} of the MACs with {parameters} parameters.")
-    print(f"The report lies at {study.report().page}.")
+    print(f"The report lies at {study.report(best).page}.")
 
 
 if __name__ == "__main__":

@@ -133,4 +133,4 @@ def test_reconstruction_of_the_benchmark_is_that_of_the_method(networks):
     rebuilt = benchmark.reconstructed(pruning, Compressed(bare, wanted.step), batches)
     given = batches[0]
     assert not torch.allclose(bare(given), wanted.model(given))
-    assert torch.equal(rebuilt.model(given), wanted.model(given))
+    assert torch.equal(rebuilt(given), wanted.model(given))

@@ -19,6 +19,7 @@ ORDER = (
     "plan",
     "task",
     "recipe",
+    "accuracy_scale",
     "results",
     "progress",
     "linear_algebra",

@@ -116,6 +116,7 @@ def test_a_loader_that_yields_no_batches_is_refused(tiny_task, loader, fault):
 def test_calibration_needs_no_labels(tiny_task):
     task = tiny_task(calibration=[torch.zeros(2, 1, 6, 6)])
     task.check(task.build_model(), CPU)
+    assert [tuple(batch.shape) for batch in task.calibration_inputs(8)] == [(2, 1, 6, 6)]
 
 
 def test_all_faults_come_together(tiny_task):

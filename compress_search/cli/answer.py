@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress_search.accuracy_scale import AccuracyScale
 from compress_search.exceptions import StudyError
 from compress_search.results import Candidate
 from compress_search.search.study import CompressionStudy
@@ -26,9 +27,9 @@ def choose(study: CompressionStudy, max_drop: float | None) -> tuple[Candidate, 
         return study.best(), "the most accurate one in the band"
     most_accurate = study.best()
     try:
-        return study.best(max_drop=max_drop), f"the fewest MACs within a drop of {100 * max_drop:g} points"
+        return study.best(max_drop=max_drop), f"the fewest MACs within a drop of {max_drop:g}"
     except StudyError:
-        return most_accurate, f"none drops at most {100 * max_drop:g} points, so the most accurate one"
+        return most_accurate, f"none drops at most {max_drop:g}, so the most accurate one"
 
 
 def print_answer(study: CompressionStudy, max_drop: float | None) -> int:
@@ -38,8 +39,9 @@ def print_answer(study: CompressionStudy, max_drop: float | None) -> int:
         The exit status: 0, or 1 if no trial is feasible.
     """
     reference = study.reference
+    scale = AccuracyScale.of([reference.accuracy])
     print(
-        f"Original: validation accuracy {100 * reference.accuracy:.2f} %, {reference.macs:,} MACs, "
+        f"Original: validation accuracy {scale.accuracy(reference.accuracy)}, {reference.macs:,} MACs, "
         f"{reference.params:,} parameters.\n"
     )
     try:
@@ -47,16 +49,17 @@ def print_answer(study: CompressionStudy, max_drop: float | None) -> int:
     except StudyError as error:
         print(f"{error}\n\nReport    {shorten(study.report().page)}")
         return 1
-    assert chosen.accuracy is not None and chosen.mac_ratio is not None and chosen.drop is not None
+    assert chosen.mac_ratio is not None
     print(f"Front of the study {study.name!r}:\n{study.front()}\n")
     print(
         f"Chosen: trial {chosen.number} ({why}).\n"
-        f"Validation accuracy {100 * chosen.accuracy:.2f} % (drop {100 * chosen.drop:+.2f} points), "
+        f"Validation accuracy {scale.accuracy(chosen.accuracy)} (drop {scale.drop(chosen.drop)}), "
         f"mac_ratio {chosen.mac_ratio:.4f}."
     )
     if study.task is not None and study.task.test is not None:
         score = study.test(chosen)
-        print(f"Test accuracy {100 * score.candidate:.2f} %; the original's {100 * score.original:.2f} %.")
+        tested, before = scale.accuracy(score.candidate), scale.accuracy(score.original)
+        print(f"Test accuracy {tested}; the original's {before}.")
     exported = study.export(chosen)
     report = study.report(chosen)
     print()

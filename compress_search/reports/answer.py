@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from compress_search.reports.formatting import AccuracyScale, ratio, short_count
+from compress_search.accuracy_scale import AccuracyScale
+from compress_search.reports.formatting import ratio, short_count
 from compress_search.reports.trials import param_names
 from compress_search.results import Candidate, ParetoFront
 

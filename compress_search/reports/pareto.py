@@ -10,7 +10,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from compress_search.reports.formatting import AccuracyScale, count, duration, ratio
+from compress_search.accuracy_scale import AccuracyScale
+from compress_search.reports.formatting import count, duration, ratio
 from compress_search.results import Candidate, ParetoFront
 
 Fact = tuple[str, str]

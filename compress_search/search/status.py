@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from optuna.trial import FrozenTrial, TrialState
 
+from compress_search.accuracy_scale import AccuracyScale
 from compress_search.recipe import FineTune
 from compress_search.results import Candidate, Reference, StageResult
 from compress_search.search.candidates import STATES
@@ -67,9 +68,8 @@ class StudyStatus:
                 else "Running"
             )
             lines.append(f"{how}: trial {number}, finished so far: {', '.join(stages) or 'nothing'}.")
-        lines.append(
-            f"Original: accuracy {100 * self.reference.accuracy:.2f} %, {self.reference.macs:,} MACs."
-        )
+        original = self._scale.accuracy(self.reference.accuracy)
+        lines.append(f"Original: accuracy {original}, {self.reference.macs:,} MACs.")
         lines.append(self._best_line())
         if self.seconds_by_stage:
             width = max(map(len, self.seconds_by_stage))
@@ -78,14 +78,18 @@ class StudyStatus:
         lines.append(f"Reused stages: {self.reused_stages}, which saved {_duration(self.seconds_saved)}.")
         return "\n".join(lines)
 
+    @property
+    def _scale(self) -> AccuracyScale:
+        return AccuracyScale.of([self.reference.accuracy])
+
     def _best_line(self) -> str:
         if self.best is None:
             return f"Best so far: none is feasible at the target {self.target:g}."
-        assert self.best.accuracy is not None and self.best.drop is not None
         params = ", ".join(f"{name} {value:.4g}" for name, value in self.best.params.items())
         return (
-            f"Best so far: trial {self.best.number} ({params}), accuracy {100 * self.best.accuracy:.2f} %, "
-            f"drop {100 * self.best.drop:+.2f} points, mac_ratio {self.best.mac_ratio:.4f}."
+            f"Best so far: trial {self.best.number} ({params}), "
+            f"accuracy {self._scale.accuracy(self.best.accuracy)}, drop {self._scale.drop(self.best.drop)}, "
+            f"mac_ratio {self.best.mac_ratio:.4f}."
         )
 
 

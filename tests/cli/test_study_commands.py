@@ -169,7 +169,7 @@ def test_without_a_feasible_trial_there_is_a_report_and_exit_status_1(project: P
 
 def test_a_drop_that_no_trial_keeps_to_falls_back_on_the_most_accurate(copy: Path, capsys: Output) -> None:
     assert main(["run", "tiny.yaml", "max_drop=-1"]) == 0
-    assert "(none drops at most -100 points, so the most accurate one)" in capsys.readouterr().out
+    assert "(none drops at most -1, so the most accurate one)" in capsys.readouterr().out
 
 
 def test_validate_shows_the_model_and_starts_nothing(project: Path, capsys: Output) -> None:

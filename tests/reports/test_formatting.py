@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import (
-    AccuracyScale,
     count,
     duration,
     ratio,
