@@ -103,6 +103,25 @@ def test_a_network_that_counts_on_a_width_keeps_it_with_the_error_as_reason():
     assert "the network fails (RuntimeError" in coupling.reasons["hidden"]
 
 
+class Swapped(nn.Module):
+    """The halves of a map change places on the way, which the dependency graph does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.hidden, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.hidden(torch.flip(self.norm(self.stem(x)), dims=[1])))
+
+
+def test_channels_that_are_tied_in_a_hidden_way_are_found_out_and_stay():
+    coupling = find_coupling(Swapped(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["hidden"]
+    reason = "its channels are tied in a way that torch-pruning's graph does not show"
+    assert coupling.reasons == {"stem": reason, "head": "it makes the network's output"}
+
+
 def test_an_ignored_layer_keeps_its_whole_group():
     coupling = find_coupling(Add(), EXAMPLE, ignore=["other"])
     assert not coupling.groups

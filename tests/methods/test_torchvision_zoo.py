@@ -20,7 +20,7 @@ from compress_search.selection.uniform import select_uniform
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CNNS = {
-    "alexnet": 96,
+    "alexnet": 224,
     "vgg16_bn": 64,
     "resnet18": 64,
     "resnet50": 64,
@@ -45,10 +45,13 @@ TRANSFORMERS = {"swin_t": 64, "vit_b_16": 224}
 CASES = [(net, method) for net in CNNS for method in METHODS] + [(net, "weight_svd") for net in TRANSFORMERS]
 
 SMALLEST = {
-    # What each method can reach on nets of mostly depthwise and pointwise, or fully connected, layers; the
-    # others reach 0.5.
-    ("alexnet", "spatial_svd"): 0.6,
+    # What spatial SVD can reach on a net of linear layers with a few depthwise kernels; all others reach 0.5.
     ("convnext_tiny", "spatial_svd"): 0.95,
+}
+IGNORED = {
+    # Their fully connected layers take a minute each to factorise.
+    ("alexnet", "weight_svd"): ["classifier"],
+    ("vgg16_bn", "weight_svd"): ["classifier"],
 }
 
 
@@ -72,7 +75,7 @@ def _outputs(model: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> l
 @pytest.mark.parametrize(("net", "method"), CASES)
 def test_half_the_macs(net, method):
     model, example = _build(net)
-    analysis = METHODS[method].analyse(model, example)
+    analysis = METHODS[method].analyse(model, example, ignore=IGNORED.get((net, method), []))
     ratio = SMALLEST.get((net, method), 0.5)
     sizes = select_uniform(analysis, ratio)
     compressed = analysis.apply(sizes, [])
