@@ -40,31 +40,31 @@ class Removal:
     """The order in which blocks are removed.
 
     Attributes:
-        order: Indices of all blocks, the one that is missed least first.
+        order: Indices of the removed blocks, the one that is missed least first.
         errors: For each step, the relative squared output error that it adds, summed over the consumers,
             with all remaining weights re-solved.
+        kept: Indices of the blocks that stay, in ascending order.
     """
 
     order: tuple[int, ...]
     errors: tuple[float, ...]
-
-    def kept(self, size: int) -> tuple[int, ...]:
-        """Indices of the ``size`` blocks that are removed last, in ascending order."""
-        return tuple(sorted(self.order[len(self.order) - size :]))
+    kept: tuple[int, ...]
 
 
-def removal_order(consumers: Sequence[Consumer]) -> Removal:
-    """Order all blocks by how much their removal, with the rest re-solved, raises the output error.
+def remove_blocks(consumers: Sequence[Consumer], *, keep: int = 0) -> Removal:
+    """Remove blocks one by one, each time the one whose removal raises the output error least.
 
-    Removing block ``b`` costs ``tr(W_b^T [(G^-1)_bb]^-1 W_b)``; then ``G^-1`` and ``W`` are downdated.
+    Removing block ``b``, with the rest re-solved, costs ``tr(W_b^T [(G^-1)_bb]^-1 W_b)``; then ``G^-1`` and
+    ``W`` are downdated.
 
     Args:
         consumers: At least one; all have the same number of blocks.
+        keep: How many blocks stay. Each removal takes time, so stopping early is worth it.
     """
     states = [_State(consumer) for consumer in consumers]
     remaining = list(range(len(consumers[0].blocks)))
     order, errors = [], []
-    while remaining:
+    while len(remaining) > keep:
         costs = torch.stack([state.costs(remaining) for state in states]).sum(dim=0)
         position = int(costs.argmin())
         block = remaining.pop(position)
@@ -72,7 +72,7 @@ def removal_order(consumers: Sequence[Consumer]) -> Removal:
         errors.append(float(costs[position]))
         for state in states if remaining else ():
             state.remove(block)
-    return Removal(tuple(order), tuple(errors))
+    return Removal(tuple(order), tuple(errors), tuple(remaining))
 
 
 class _State:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.calibration import gram_matrices
-from compress_search.methods.brain_surgeon import Consumer, removal_order
+from compress_search.methods.brain_surgeon import Consumer, remove_blocks
 from compress_search.methods.coupling import CoupledGroup, Member
 from compress_search.patches import has_patches, input_patches
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
@@ -46,7 +46,8 @@ def choose_blocks(
             for consumer in _consumers(model.get_submodule(member.layer), member, moments[member.layer])
         ]
         size = sizes[group.name]
-        kept[group.name] = removal_order(consumers).kept(size) if consumers else _largest(model, group, size)
+        chosen = remove_blocks(consumers, keep=size).kept if consumers else _largest(model, group, size)
+        kept[group.name] = chosen
     return kept
 
 

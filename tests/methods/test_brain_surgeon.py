@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress_search.methods.brain_surgeon import Consumer, removal_order
+from compress_search.methods.brain_surgeon import Consumer, remove_blocks
 
 
 def _consumer(blocks: int, width: int, channels: int, seed: int) -> Consumer:
@@ -38,7 +38,7 @@ def _least_error(consumer: Consumer, kept: list[int]) -> float:
 def test_every_step_removes_the_block_that_brute_force_would(width, consumers, monkeypatch):
     monkeypatch.setattr("compress_search.methods.brain_surgeon._RIDGE", 1e-12)
     group = [_consumer(6, width, 4, seed) for seed in range(consumers)]
-    removal = removal_order(group)
+    removal = remove_blocks(group)
     kept, error_before = list(range(6)), 0.0
     for block, added in zip(removal.order, removal.errors, strict=True):
         errors = {b: sum(_least_error(c, [k for k in kept if k != b]) for c in group) for b in kept}
@@ -49,16 +49,19 @@ def test_every_step_removes_the_block_that_brute_force_would(width, consumers, m
     assert error_before == pytest.approx(consumers)
 
 
-def test_kept_are_those_removed_last_in_ascending_order():
-    removal = removal_order([_consumer(6, 2, 4, seed=3)])
-    assert removal.kept(2) == tuple(sorted(removal.order[-2:]))
-    assert removal.kept(6) == tuple(range(6))
+@pytest.mark.parametrize("keep", [0, 2, 6])
+def test_stopping_early_keeps_those_that_would_be_removed_last(keep):
+    consumer = _consumer(6, 2, 4, seed=3)
+    everything, some = remove_blocks([consumer]), remove_blocks([consumer], keep=keep)
+    assert some.order == everything.order[: 6 - keep]
+    assert some.errors == everything.errors[: 6 - keep]
+    assert some.kept == tuple(sorted(everything.order[6 - keep :]))
 
 
 def test_a_copy_of_a_channel_costs_nothing():
     base = torch.randn(300, 4, dtype=torch.float64)
     rows = torch.cat([base, base[:, :1]], dim=1)
     consumer = Consumer(rows.T @ rows / 300, torch.randn(5, 3, dtype=torch.float64), torch.arange(5)[:, None])
-    removal = removal_order([consumer])
+    removal = remove_blocks([consumer])
     assert removal.order[0] in (0, 4)
     assert removal.errors[0] < 1e-3
