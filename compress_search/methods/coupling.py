@@ -221,10 +221,24 @@ def _probe(example_input: Tensor) -> Tensor:
 def _tried(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]
 ) -> list[tuple[CoupledGroup, str]]:
-    """Try all groups at once, and one by one only if that fails."""
-    if not groups or not _fault_without_first_blocks(model, example, groups):
-        return [(group, "") for group in groups]
-    return [(group, _fault_without_first_blocks(model, example, [group])) for group in groups]
+    """Try many groups at once, and one by one only if that fails.
+
+    Groups that are normalised across channels are tried apart: with them in it, no trial can compare values.
+    """
+    tried: list[tuple[CoupledGroup, str]] = []
+    for renormalised in (False, True):
+        alike = [group for group in groups if _is_renormalised(model, group) is renormalised]
+        if not alike or not _fault_without_first_blocks(model, example, alike):
+            tried += [(group, "") for group in alike]
+        else:
+            tried += [(group, _fault_without_first_blocks(model, example, [group])) for group in alike]
+    return tried
+
+
+def _is_renormalised(model: nn.Module, group: CoupledGroup) -> bool:
+    """Whether a normalisation across channels sees the group's channels."""
+    modules = [model.get_submodule(member.layer) for member in group.members]
+    return any(isinstance(module, nn.LayerNorm | nn.GroupNorm) for module in modules)
 
 
 def _fault_without_first_blocks(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str:
@@ -245,12 +259,8 @@ def _fault_without_first_blocks(model: nn.Module, example: Tensor, groups: Seque
         wanted = silenced(example)
     if tree_map_only(Tensor, lambda t: t.shape, after) != tree_map_only(Tensor, lambda t: t.shape, wanted):
         return "it makes the network's output"
-    renormalised = any(
-        isinstance(model.get_submodule(member.layer), nn.LayerNorm | nn.GroupNorm)
-        for group in groups
-        for member in group.members
-    )
     # Normalisation across channels changes with what it normalises over, and rightly so.
+    renormalised = any(_is_renormalised(model, group) for group in groups)
     if renormalised or all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
         return ""
     return "its channels are tied in a way that torch-pruning's graph does not show"

@@ -42,11 +42,8 @@ class SpatialSVD:
 def split_axes(layer: nn.Module) -> KernelSplit | str:
     """Split a 2-D convolution between its vertical and its horizontal axis, or say why not."""
     if not isinstance(layer, nn.Conv2d):
-        return f"spatial SVD separates the two axes of a Conv2d; weight_svd can factorise a {_kind(layer)}"
+        kind = type(layer).__name__
+        return f"spatial SVD separates the two axes of a Conv2d; weight_svd can factorise a {kind}"
     if layer.kernel_size == (1, 1):
         return split_channels(layer)
     return KernelSplit(layer, frozenset({0}), ("vertical", "horizontal"))
-
-
-def _kind(layer: nn.Module) -> str:
-    return type(layer).__name__

@@ -122,6 +122,16 @@ def test_channels_that_are_tied_in_a_hidden_way_are_found_out_and_stay():
     assert coupling.reasons == {"stem": reason, "head": "it makes the network's output"}
 
 
+def test_a_group_norm_elsewhere_does_not_hide_such_ties():
+    normalised = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 1), Swapped())
+    coupling = find_coupling(normalised, EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["0", "2", "3.hidden"]
+    assert (
+        coupling.reasons["3.stem"]
+        == "its channels are tied in a way that torch-pruning's graph does not show"
+    )
+
+
 def test_an_ignored_layer_keeps_its_whole_group():
     coupling = find_coupling(Add(), EXAMPLE, ignore=["other"])
     assert not coupling.groups
