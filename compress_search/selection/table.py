@@ -1,0 +1,81 @@
+"""The sensitivity table: how much the output suffers when one unit alone is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit at one size, everything else as it was.
+
+    Attributes:
+        unit: Name of the unit.
+        size: Its rank or number of blocks.
+        loss: What the output lost: the mean divergence on the scoring samples (nats per sample for
+            classifiers), or the drop of the user's own score.
+    """
+
+    unit: str
+    size: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """All cells of one model and method; AIMET calls it the evaluation dictionary.
+
+    Attributes:
+        cells: By unit in forward order, by size ascending. Full sizes are not in it: they lose nothing.
+    """
+
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def _by_unit(self) -> dict[str, dict[int, float]]:
+        found: dict[str, dict[int, float]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.unit, {})[cell.size] = cell.loss
+        return {unit: dict(sorted(losses.items())) for unit, losses in found.items()}
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units that were measured."""
+        return tuple(self._by_unit)
+
+    def losses(self, unit: str) -> Mapping[int, float]:
+        """The loss by size, ascending.
+
+        Raises:
+            KeyError: The unit was not measured.
+        """
+        return self._by_unit[unit]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a cell, with the columns ``unit`` (text), ``size`` (whole number) and ``loss``."""
+        columns = {"unit": "string", "size": "int64", "loss": "float64"}
+        rows = [(cell.unit, cell.size, cell.loss) for cell in self.cells]
+        return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON-able values: by unit, the sizes and the loss at each."""
+        return {
+            unit: {"sizes": list(losses), "losses": list(losses.values())}
+            for unit, losses in self._by_unit.items()
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> SensitivityTable:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(
+            tuple(
+                Cell(unit, size, loss)
+                for unit, curve in value.items()
+                for size, loss in zip(curve["sizes"], curve["losses"], strict=True)
+            )
+        )
