@@ -4,12 +4,16 @@ Hassibi and Stork 1993, *Optimal brain surgeon*, equations 5 and 6, with a block
 single weight and the Gram matrix of a linear layer's inputs as its Hessian (Frantar and Alistarh 2022,
 *Optimal brain compression*, section 4). Deviation: a block may be consumed by several layers; their errors,
 each relative to the energy of the layer's output, are added.
+
+The greedy removal is a block Cholesky factorisation of the inverse Gram matrix whose pivot is the cheapest
+block. Columns are computed when they are chosen, and what they take from the rest is brought up to date in
+large products once in a while, so that all steps together cost about as much as one inversion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,15 +23,20 @@ from compress_search.linear_algebra import mean_energy, ridge_cholesky
 _RIDGE = 1e-4
 """Added to the Gram matrix relative to its mean diagonal; keeps a rank-deficient one invertible."""
 
+_PENDING = 256
+"""How many features are removed before the rest of the inverse is brought up to date."""
+
 
 @dataclass(frozen=True)
 class Consumer:
     """A layer that mixes the channels in question.
 
     Attributes:
-        covariance: ``(features, features)`` in float64, of its input patches.
+        covariance: ``(features, features)`` in float64, of its input patches; the second moments about zero
+            where the layer has no bias that could make good a change of the mean.
         weights: ``(features, channels)`` in float64.
-        blocks: ``(number of blocks, features per block)``, the features that each block feeds.
+        blocks: ``(number of blocks, features per block)``, the features that each block feeds. Features of
+            no block are never removed.
     """
 
     covariance: Tensor
@@ -44,14 +53,28 @@ class Removal:
         errors: For each step, the relative squared output error that it adds, summed over the consumers,
             with all remaining weights re-solved.
         kept: Indices of the blocks that stay, in ascending order.
+        weights: For each number of blocks asked for, each consumer's weights ``(features, channels)``
+            re-solved for that many blocks, with zeros for the features of the removed ones.
     """
 
     order: tuple[int, ...]
     errors: tuple[float, ...]
     kept: tuple[int, ...]
+    weights: Mapping[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def kept_at(self, size: int) -> tuple[int, ...]:
+        """Indices of the blocks that are left when ``size`` of them are, in ascending order."""
+        removed_later = len(self.order) + len(self.kept) - size
+        return tuple(sorted((*self.order[removed_later:], *self.kept)))
 
 
-def remove_blocks(consumers: Sequence[Consumer], *, keep: int = 0) -> Removal:
+def remove_blocks(
+    consumers: Sequence[Consumer],
+    *,
+    keep: int = 0,
+    protected: Collection[int] = (),
+    snapshots: Collection[int] = (),
+) -> Removal:
     """Remove blocks one by one, each time the one whose removal raises the output error least.
 
     Removing block ``b``, with the rest re-solved, costs ``tr(W_b^T [(G^-1)_bb]^-1 W_b)``; then ``G^-1`` and
@@ -60,47 +83,146 @@ def remove_blocks(consumers: Sequence[Consumer], *, keep: int = 0) -> Removal:
     Args:
         consumers: At least one; all have the same number of blocks.
         keep: How many blocks stay. Each removal takes time, so stopping early is worth it.
+        protected: Indices of blocks that stay in any case, even if they are more than ``keep``.
+        snapshots: Numbers of blocks at which the re-solved weights are wanted. Those that are never
+            reached, because more blocks stay, are missing from the answer.
     """
-    states = [_State(consumer) for consumer in consumers]
+    states = [_State(consumer, resolve=bool(snapshots)) for consumer in consumers]
     remaining = list(range(len(consumers[0].blocks)))
-    order, errors = [], []
-    while len(remaining) > keep:
-        costs = torch.stack([state.costs(remaining) for state in states]).sum(dim=0)
-        position = int(costs.argmin())
-        block = remaining.pop(position)
+    order: list[int] = []
+    errors: list[float] = []
+    weights: dict[int, tuple[Tensor, ...]] = {}
+    free = set(remaining) - set(protected)
+    while True:
+        if len(remaining) in snapshots:
+            weights[len(remaining)] = tuple(state.weights() for state in states)
+        if len(remaining) <= keep or not free:
+            return Removal(tuple(order), tuple(errors), tuple(remaining), weights)
+        costs = torch.stack([state.costs() for state in states]).sum(dim=0)
+        candidates = [block for block in remaining if block in free]
+        block = candidates[int(costs[candidates].argmin())]
         order.append(block)
-        errors.append(float(costs[position]))
-        for state in states if remaining else ():
+        errors.append(float(costs[block]))
+        remaining.remove(block)
+        free.remove(block)
+        for state in states if free or snapshots else ():
             state.remove(block)
-    return Removal(tuple(order), tuple(errors), tuple(remaining))
+
+
+def bias_that_follows(bias: Tensor, mean: Tensor, weights: Tensor, resolved: Tensor) -> Tensor:
+    """Move a bias so that the layer's mean output stays what it was.
+
+    It is what re-solving for the bias too would give, since the covariance is taken about the mean.
+
+    Args:
+        bias: ``(channels,)``.
+        mean: ``(features,)``, of the layer's input patches.
+        weights: ``(features, channels)``, before.
+        resolved: ``(features, channels)``, after.
+    """
+    return bias + (mean @ (weights - resolved)).to(bias.dtype)
 
 
 class _State:
-    """A consumer while blocks are being removed from it."""
+    """A consumer while blocks are being removed from it.
 
-    def __init__(self, consumer: Consumer) -> None:
+    The inverse of what remains of the Gram matrix is ``inverse - columns @ columns.T`` and the weights are
+    ``weights - columns @ answers``, with the columns of the removals that are still pending. Rows are the
+    features of the live blocks, block by block, then those of no block if the weights are wanted.
+    """
+
+    def __init__(self, consumer: Consumer, *, resolve: bool) -> None:
         covariance = consumer.covariance
+        self._shape = consumer.weights.shape
+        blocks, self._width = consumer.blocks.shape
+        grouped = consumer.blocks.flatten()
+        others = torch.ones(len(covariance), dtype=torch.bool, device=grouped.device)
+        others[grouped] = False
+        self._features = torch.cat([grouped, others.nonzero()[:, 0]]) if resolve else grouped
+        """The feature that each row stands for."""
         factor = ridge_cholesky(covariance, _RIDGE * mean_energy(covariance))
-        self._inverse = torch.cholesky_inverse(factor)
-        self._weights = consumer.weights.clone()
-        self._blocks = consumer.blocks
+        inverse = torch.cholesky_inverse(factor)
+        self._inverse = inverse[self._features][:, grouped]
+        self._weights = consumer.weights[self._features]
         energy = (consumer.weights * (covariance @ consumer.weights)).sum()
         self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
+        self._slots = torch.arange(blocks)
+        """Where each block's rows begin, in blocks; -1 for those that are gone."""
+        own = self._weights[: len(grouped)].reshape(blocks, self._width, -1)
+        square = self._inverse[: len(grouped)].reshape(blocks, self._width, blocks, self._width)
+        self._diagonal = square.diagonal(dim1=0, dim2=2).movedim(-1, 0).clone()
+        self._energies = own @ own.mT
+        self._live = torch.ones(blocks, dtype=torch.bool, device=grouped.device)
+        self._forget_pending()
 
-    def costs(self, remaining: Sequence[int]) -> Tensor:
-        """Relative error that removing each of the remaining blocks would add, ``(len(remaining),)``."""
-        features = self._blocks[list(remaining)]
-        inverse = self._inverse[features[:, :, None], features[:, None, :]]
-        weights = self._weights[features]
-        errors: Tensor = (weights * torch.linalg.solve(inverse, weights)).sum(dim=(1, 2))
-        return errors / self._energy
+    def costs(self) -> Tensor:
+        """Relative error that removing each block would add, ``(number of blocks,)``; infinite where gone."""
+        solved = torch.linalg.solve(self._diagonal, self._energies)
+        costs = solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / self._energy
+        all_costs = costs.new_full(self._slots.shape, torch.inf).cpu()
+        present = self._slots >= 0
+        all_costs[present] = costs.cpu()[self._slots[present]]
+        return all_costs
 
     def remove(self, block: int) -> None:
         """Take a block out and re-solve the weights of the rest."""
-        features = self._blocks[block]
-        columns = self._inverse[:, features]
-        spread = torch.linalg.solve(self._inverse[features][:, features], columns.T)
-        self._weights -= columns @ torch.linalg.solve(
-            self._inverse[features][:, features], self._weights[features]
+        width, pending = self._width, self._pending
+        slot = int(self._slots[block])
+        own = slice(slot * width, (slot + 1) * width)
+        columns, answers = self._columns[:, :pending], self._answers[:pending]
+        factor = torch.linalg.cholesky(self._diagonal[slot])
+        taken = torch.addmm(self._inverse[:, own], columns, columns[own].T, alpha=-1)
+        column = torch.linalg.solve_triangular(factor, taken.T, upper=False).T
+        weights = torch.addmm(self._weights[own], columns[own], answers, alpha=-1)
+        answer = torch.linalg.solve_triangular(factor, weights, upper=False)
+
+        # What the costs need is kept for all blocks: their part of the inverse, and their weights' products.
+        blocks = len(self._diagonal)
+        grouped = blocks * width
+        crossed = torch.addmm(
+            self._weights[:grouped] @ answer.T, columns[:grouped], answers @ answer.T, alpha=-1
         )
-        self._inverse -= columns @ spread
+        by_block, crossed = column[:grouped].view(blocks, width, -1), crossed.view(blocks, width, -1)
+        self._diagonal -= by_block @ by_block.mT
+        change = crossed @ by_block.mT
+        self._energies += by_block @ (answer @ answer.T) @ by_block.mT - change - change.mT
+
+        self._columns[:, pending : pending + width] = column
+        self._answers[pending : pending + width] = answer
+        self._pending += width
+        self._live[slot] = False
+        self._slots[block] = -1
+        # A place holder that can be inverted until the block's rows are dropped.
+        self._diagonal[slot] = torch.eye(width, dtype=column.dtype, device=column.device)
+        self._energies[slot] = 0.0
+        if self._pending + width > self._columns.shape[1]:
+            self._catch_up()
+
+    def weights(self) -> Tensor:
+        """The re-solved weights, ``(features, channels)``, with zeros for the features that are gone."""
+        self._catch_up()
+        every = self._weights.new_zeros(self._shape)
+        every[self._features] = self._weights
+        return every
+
+    def _catch_up(self) -> None:
+        """Carry out what is pending, and drop the rows of blocks that are gone."""
+        kept_columns = self._live.repeat_interleave(self._width)
+        more = torch.ones(len(self._features) - len(kept_columns), dtype=torch.bool, device=self._live.device)
+        kept = torch.cat([kept_columns, more])
+        rows = self._columns[kept, : self._pending]
+        self._inverse = self._inverse[kept][:, kept_columns]
+        self._inverse.addmm_(rows, rows[: self._inverse.shape[1]].T, alpha=-1)
+        self._weights = torch.addmm(self._weights[kept], rows, self._answers[: self._pending], alpha=-1)
+        self._features = self._features[kept]
+        self._diagonal, self._energies = self._diagonal[self._live], self._energies[self._live]
+        present = self._slots >= 0
+        self._slots[present] = torch.arange(int(present.sum()))
+        self._live = self._live[self._live]
+        self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        capacity = max(self._width, _PENDING // self._width * self._width)
+        self._pending = 0
+        self._columns = self._inverse.new_empty(len(self._features), capacity)
+        self._answers = self._weights.new_empty(capacity, self._weights.shape[1])
