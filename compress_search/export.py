@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress_search.exceptions import StudyError, WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
@@ -35,7 +35,7 @@ from compress_search.reports.provenance import (
     package_versions,
     program_loading_code,
 )
-from compress_search.results import Candidate
+from compress_search.results import MADE_AGAIN, Candidate
 from compress_search.workspace import new_folder, write_json_atomically
 
 logger = logging.getLogger("compress_search")
@@ -121,7 +121,7 @@ def _write_forms(candidate: Candidate, folder: Path, example_input: Tensor | Non
         _warn(candidate, f"as plan and weights alone: {what} is not known. Open the study with its task")
         return
     original = candidate.build_model().cpu()
-    model = _load_model(candidate, original)
+    model = candidate.load_model(original)
     shipped = apply_plan(original, CompressionPlan.load(folder / PLAN_FILE)).eval()
     shipped.load_state_dict(load_file(folder / WEIGHTS_FILE))
     example = example_input.detach().cpu()
@@ -146,13 +146,6 @@ def _copy_weights(candidate: Candidate, path: Path) -> None:
         raise _damaged(candidate, error) from error
 
 
-def _load_model(candidate: Candidate, original: nn.Module) -> nn.Module:
-    try:
-        return candidate.load_model(original)
-    except RuntimeError as error:
-        raise _damaged(candidate, error) from error
-
-
 def _check_equal(candidate: Candidate, shipped: list[Tensor], wanted: list[Tensor]) -> None:
     """Make sure that what was loaded again gives the same outputs, to the last bit."""
     try:
@@ -163,8 +156,7 @@ def _check_equal(candidate: Candidate, shipped: list[Tensor], wanted: list[Tenso
 
 def _damaged(candidate: Candidate, error: Exception) -> StudyError:
     return StudyError(
-        f"The weights of trial {candidate.number} do not give its model again ({brief(error)}). "
-        f"Delete the folder {str(candidate.folder)!r} and resume the study: it is computed again."
+        f"The weights of trial {candidate.number} do not give its model again ({brief(error)}). {MADE_AGAIN}"
     )
 
 

@@ -8,12 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from compress_search.accuracy_scale import AccuracyScale
+from compress_search.checkpoint import load_weights
 from compress_search.exceptions import StudyError
 from compress_search.plan import CompressionPlan, apply_plan
+
+MADE_AGAIN = (
+    "Run the same study under another name in this workspace: it reuses every stage that is whole, and "
+    "computes this one again."
+)
+"""What to do where a finished candidate's files are gone or damaged."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,9 @@ class Candidate:
 
         Raises:
             StudyError: The candidate did not complete, or there is no original model to start from.
+            PlanError: The plan is gone or damaged, or does not fit ``original``.
+            WorkspaceError: The weights are gone or damaged.
+            ModelError: The weights are those of another model.
         """
         if original is None:
             if self.build_model is None:
@@ -136,7 +145,7 @@ class Candidate:
                 )
             original = self.build_model()
         model = apply_plan(original, self.plan)
-        model.load_state_dict(load_file(self.weights))
+        load_weights(model, self.weights, remedy=MADE_AGAIN)
         return model.eval()
 
     def _finished_folder(self) -> Path:

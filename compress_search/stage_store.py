@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from compress_search.checkpoint import file_checksum, save_weights
 from compress_search.fingerprint import content_hash
 from compress_search.plan import CompressionPlan
 from compress_search.results import StageResult
-from compress_search.training.checkpoint import file_checksum, save_weights
 from compress_search.workspace import Workspace, new_folder, write_json_atomically
 
 logger = logging.getLogger("compress_search")

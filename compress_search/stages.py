@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.calibration import with_best_batchnorm
+from compress_search.checkpoint import load_weights
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.methods import METHODS
 from compress_search.methods.method import Analysis, Sizes
@@ -29,7 +30,6 @@ from compress_search.results import Reference, StageResult
 from compress_search.selection import SELECTORS
 from compress_search.stage_store import StageStore
 from compress_search.task import Task
-from compress_search.training.checkpoint import load_weights
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.workspace import Workspace
 

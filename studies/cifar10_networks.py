@@ -17,9 +17,9 @@ from cifar10 import Images, load_cifar10
 from torch import Tensor, nn
 
 from compress_search import FineTune, Task
+from compress_search.checkpoint import load_weights, save_weights
 from compress_search.fingerprint import seeded
 from compress_search.progress import Progress
-from compress_search.training.checkpoint import load_weights, save_weights
 from compress_search.training.fine_tuning import fine_tune
 
 VALIDATION_IMAGES = 1_000
@@ -69,7 +69,7 @@ def vgg() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
-NETWORKS: Mapping[str, tuple[Callable[[], nn.Sequential], int]] = {"vgg": (vgg, 5), "resnet20": (resnet20, 5)}
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Sequential], int]] = {"vgg": (vgg, 5), "resnet20": (resnet20, 10)}
 """Each network with the number of epochs that it is trained for."""
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from compress_search import FineTune, Task, create_study
+from compress_search.checkpoint import load_weights, save_weights
 from compress_search.fingerprint import seeded
 from compress_search.progress import Progress
-from compress_search.training.checkpoint import load_weights, save_weights
 from compress_search.training.fine_tuning import fine_tune
 
 SEED = 0

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from compress_search import load_study
+from compress_search.checkpoint import save_weights
 from compress_search.config import StudyConfig
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.profile import profile_model
-from compress_search.training.checkpoint import save_weights
 
 ROOT = Path(__file__).parents[1]
 

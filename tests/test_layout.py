@@ -13,6 +13,7 @@ import compress_search
 ORDER = (
     "exceptions",
     "workspace",
+    "checkpoint",
     "fingerprint",
     "profile",
     "surgery",
@@ -23,6 +24,8 @@ ORDER = (
     "results",
     "progress",
     "linear_algebra",
+    "divergence",
+    "replay",
     "patches",
     "calibration",
     "reconstruction",

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_search.exceptions import PlanError, StudyError
+from compress_search.checkpoint import save_weights
+from compress_search.exceptions import ModelError, PlanError, StudyError, WorkspaceError
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.results import (
     Candidate,
@@ -19,7 +20,6 @@ from compress_search.results import (
     format_candidates,
     pareto_optimal,
 )
-from compress_search.training.checkpoint import save_weights
 
 REFERENCE = Reference(accuracy=0.9, macs=1000, params=100)
 
@@ -162,4 +162,28 @@ def test_a_candidate_that_did_not_complete_has_no_model():
 
 def test_a_lost_plan_is_named(tmp_path, tiny_net):
     with pytest.raises(PlanError, match=r"plan\.json"):
+        candidate(0, 0.9, 0.5, folder=tmp_path, build_model=tiny_net).load_model()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "says"),
+    [
+        ("gone", WorkspaceError, r"weights\.safetensors' cannot be read"),
+        ("cut off", WorkspaceError, r"weights\.safetensors' cannot be read"),
+        ("of another model", ModelError, "do not fit Sequential: size mismatch"),
+    ],
+)
+def test_weights_that_do_not_give_the_model_again_are_named_with_the_remedy(
+    fault, error, says, tiny_net, tmp_path
+):
+    PLAN.save(tmp_path / "plan.json")
+    save_weights(
+        tiny_net() if fault == "of another model" else apply_plan(tiny_net(), PLAN),
+        weights := tmp_path / "weights.safetensors",
+    )
+    if fault == "gone":
+        weights.unlink()
+    elif fault == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(error, match=f"{says}.*Run the same study under another name"):
         candidate(0, 0.9, 0.5, folder=tmp_path, build_model=tiny_net).load_model()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress_search.checkpoint import load_weights
 from compress_search.fingerprint import model_fingerprint
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import profile_model
@@ -16,7 +17,6 @@ from compress_search.progress import Progress
 from compress_search.recipe import Compress, FineTune, Recipe
 from compress_search.stages import StageRunner
 from compress_search.task import Task
-from compress_search.training.checkpoint import load_weights
 from compress_search.workspace import Workspace
 
 RECIPE = Recipe(

@@ -108,8 +108,9 @@ def create_study(
         seed=seed,
     )
     place, where = Workspace(Path(workspace)), choose_device(device)
-    task.check(task.build_model(), where)
-    layers_matching(settings.ignore, profile_model(task.build_model(), task.example_input, warn=True))
+    model = task.build_model()
+    task.check(model, where)
+    layers_matching(settings.ignore, profile_model(model, task.example_input.to(where), warn=True))
     runner = _runner(task, place.prepare(), settings, where, Progress())
     database = open_storage(storage, place)
     study = _find(database, name)

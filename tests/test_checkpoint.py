@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from compress_search.checkpoint import file_checksum, load_weights, save_weights
 from compress_search.exceptions import ModelError, WorkspaceError
 from compress_search.fingerprint import model_fingerprint
-from compress_search.training.checkpoint import file_checksum, load_weights, save_weights
 
 
 class Tied(nn.Module):

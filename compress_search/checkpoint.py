@@ -30,12 +30,15 @@ def save_weights(model: nn.Module, path: Path | str) -> None:
     write_bytes_atomically(Path(path), save(_state_of(model), metadata={"format": "pt"}))
 
 
-def load_weights(model: nn.Module, path: Path | str) -> None:
+def load_weights(
+    model: nn.Module, path: Path | str, *, remedy: str = "Delete the file, and it is made again."
+) -> None:
     """Read what :func:`save_weights` wrote into a model of the same architecture, in place.
 
     Args:
         model: The model; its tensors stay on their devices.
         path: The file.
+        remedy: What to do where that fails, for the error.
 
     Raises:
         WorkspaceError: The file cannot be read.
@@ -44,16 +47,14 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WorkspaceError(
-            f"The weights {str(path)!r} cannot be read ({error}). Delete the file, and it is made again."
-        ) from error
+        raise WorkspaceError(f"The weights {str(path)!r} cannot be read ({error}). {remedy}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ModelError(
             f"The weights {str(path)!r} do not fit {type(model).__name__}: {first} "
-            "They were saved from another architecture: delete the file, or use another path."
+            f"They were saved from another architecture. {remedy}"
         ) from error
 
 
