@@ -86,6 +86,21 @@ def chunks(module: nn.Module, side: str) -> int:
     return module.groups if isinstance(module, CONVOLUTIONS) else 1
 
 
+def sides_of_parameter(module: nn.Module, name: str) -> tuple[str, ...]:
+    """The sides of a module whose channels a parameter shrinks with, when :func:`keep_channels` cuts them.
+
+    Args:
+        module: Any module.
+        name: Name of one of its own parameters.
+    """
+    cut = _cutter_of(module)
+    if cut is None or name not in ("weight", "bias"):
+        return ()
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return ()
+    return SIDES if cut is _cut_mixing and name == "weight" else ("outputs",)
+
+
 Cutter = Callable[[nn.Module, Sequence[int] | None, Sequence[int] | None], None]
 
 

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from compress_search.calibration import check_weights
 from compress_search.exceptions import ModelError
 from compress_search.methods.channel_choice import choose_blocks
+from compress_search.methods.cost import Cost, CostTerm, LinearForm, ties_of
 from compress_search.methods.coupling import CoupledGroup, Coupling, find_coupling, keep_blocks
 from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.method import Compressed, Sizes, Unit
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
-from compress_search.profile import LayerProfile, ModelProfile, profile_model
+from compress_search.profile import ModelProfile, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
-from compress_search.surgery import SIDES, carries_channels, channel_count
+from compress_search.surgery import channel_count, sides_of_parameter
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,17 @@ class ChannelPruningAnalysis:
         """The largest number of blocks that is at most ``share`` of all, at least 1."""
         return max(1, int(share * unit.full_size))
 
+    def cost(self, kind: str) -> Cost:
+        """MACs or parameters: each layer's scale with the input and output channels it keeps."""
+        return {"macs": self._macs, "params": self._params}[kind]
+
     def predict_macs(self, sizes: Sizes) -> int:
-        """MACs of the pruned model: each layer's scale with the input and output channels it keeps."""
-        removed: dict[tuple[str, str], int] = {}
-        for group in self.coupling.groups:
-            gone = group.size - sizes.get(group.name, group.size)
-            for member in group.members:
-                key = (member.layer, member.side)
-                removed[key] = removed.get(key, 0) + gone * member.width
-        return sum(self._macs_without(layer, removed) for layer in self.profile.layers)
+        """MACs of the pruned model."""
+        return self._macs.of(sizes)
+
+    def predict_params(self, sizes: Sizes) -> int:
+        """Parameters of the pruned model."""
+        return self._params.of(sizes)
 
     def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
         """Prune the groups named in ``sizes`` to that many blocks, and refit their consumers."""
@@ -109,13 +112,62 @@ class ChannelPruningAnalysis:
         refit_in_forward_order(model, self.model, self._refits(pruned, edits), batches)
         return Compressed(model, step)
 
-    def _macs_without(self, layer: LayerProfile, removed: Mapping[tuple[str, str], int]) -> int:
-        module = self.model.get_submodule(layer.name)
-        sides = ("outputs",) if carries_channels(module) else SIDES
-        before = [channel_count(module, side) for side in sides]
-        after = [n - removed.get((layer.name, side), 0) for n, side in zip(before, sides, strict=True)]
+    @cached_property
+    def _macs(self) -> Cost:
+        return Cost(
+            tuple(self._scaled(layer.name, "weight", layer.macs) for layer in self.profile.layers),
+            self._block_count,
+        )
+
+    @cached_property
+    def _params(self) -> Cost:
+        terms = [
+            self._scaled(name, parameter_name, parameter.numel())
+            for name, module in self.model.named_modules()
+            for parameter_name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        ties = ties_of(
+            self.model,
+            lambda name, parameter: frozenset(
+                unit for form in self._kept_channels(name, parameter) for unit in form.slopes
+            ),
+        )
+        return Cost(tuple(terms), self._block_count, ties=ties)
+
+    def _scaled(self, layer: str, parameter: str, full: int) -> CostTerm:
+        """A cost that is ``full`` before pruning and shrinks with a parameter of a layer."""
+        sides = self._kept_channels(layer, parameter)
+        before = [
+            form.constant + sum(slope * self._block_count[unit] for unit, slope in form.slopes.items())
+            for form in sides
+        ]
         # Only the whole product is surely divisible: a grouped layer has fewer weights than channel pairs.
-        return layer.macs * math.prod(after) // math.prod(before)
+        return CostTerm(full, math.prod(before), sides)
+
+    def _kept_channels(self, layer: str, parameter: str) -> tuple[LinearForm, ...]:
+        """The channels that stay, on each side of a layer with which a parameter shrinks."""
+        module = self.model.get_submodule(layer)
+        forms = []
+        for side in sides_of_parameter(module, parameter):
+            widths = self._widths.get((layer, side), {})
+            gone = sum(width * self._block_count[unit] for unit, width in widths.items())
+            if widths:
+                forms.append(LinearForm(channel_count(module, side) - gone, widths))
+        return tuple(forms)
+
+    @cached_property
+    def _block_count(self) -> dict[str, int]:
+        return {group.name: group.size for group in self.coupling.groups}
+
+    @cached_property
+    def _widths(self) -> dict[tuple[str, str], dict[str, int]]:
+        """For each side of each module, how many channels a block of each group that reaches it has."""
+        widths: dict[tuple[str, str], dict[str, int]] = {}
+        for group in self.coupling.groups:
+            for member in group.members:
+                widths.setdefault((member.layer, member.side), {})[group.name] = member.width
+        return widths
 
     def _refits(self, groups: Sequence[CoupledGroup], edits: Sequence[KeepChannels]) -> list[Refit]:
         """The first consumer and all layers after it: consumers lost inputs, the others get changed ones."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from compress_search.calibration import gram_matrices
 from compress_search.exceptions import ModelError
+from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_of
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import factorise
-from compress_search.methods.method import Compressed, Sizes, Unit
+from compress_search.methods.method import Compressed, Imitation, Sizes, Unit
 from compress_search.patches import has_patches, input_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile
@@ -56,15 +58,19 @@ class FactorisationAnalysis:
 
     def size_at(self, unit: Unit, share: float) -> int | None:
         """The largest rank that costs at most ``share`` of the dense layer's MACs."""
-        rank = int(share * self.profile.layer(unit.name).macs / self._macs_per_rank[unit.name])
-        return min(max(rank, 1), unit.full_size)
+        return self._macs.size_at(unit.name, share)
+
+    def cost(self, kind: str) -> Cost:
+        """MACs or parameters: linear in each rank, and another constant for a layer left dense."""
+        return {"macs": self._macs, "params": self._params}[kind]
 
     def predict_macs(self, sizes: Sizes) -> int:
-        """MACs of the factorised model: linear in each rank."""
-        return sum(
-            sizes[layer.name] * self._macs_per_rank[layer.name] if layer.name in sizes else layer.macs
-            for layer in self.profile.layers
-        )
+        """MACs of the factorised model."""
+        return self._macs.of(sizes)
+
+    def predict_params(self, sizes: Sizes) -> int:
+        """Parameters of the factorised model."""
+        return self._params.of(sizes)
 
     def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
         """Factorise the layers named in ``sizes`` at the given ranks, and refit in forward order."""
@@ -85,6 +91,23 @@ class FactorisationAnalysis:
         refit_in_forward_order(model, self.model, self._refits(model, splits), batches)
         return Compressed(model, step)
 
+    def imitations(
+        self, sizes: Mapping[str, Sequence[int]], batches: Sequence[Tensor]
+    ) -> Iterator[Imitation]:
+        """Imitate each factorised layer by its own weight, truncated to the rank."""
+        grams = self._input_grams({name: self._splits[name] for name in sizes}, batches)
+        for name, ranks in sizes.items():
+            split = self._splits[name]
+            factors = factorise(split.matrix(), grams.pop(name, None))
+            energy = factors.energy.reshape(-1, factors.energy.shape[-1]).sum(dim=0)
+            whole = energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+            parameters, errors = {}, {}
+            for rank in ranks:
+                truncated = factors.truncated(rank)
+                parameters[rank] = {f"{name}.weight": split.as_weight(truncated.left @ truncated.right)}
+                errors[rank] = float(energy[rank:].sum() / whole)
+            yield Imitation(name, parameters, errors)
+
     @cached_property
     def _found(self) -> dict[str, KernelSplit | str]:
         return {layer.name: self._split_or_reason(layer) for layer in self.profile.layers}
@@ -95,8 +118,32 @@ class FactorisationAnalysis:
         return {name: found for name, found in self._found.items() if isinstance(found, KernelSplit)}
 
     @cached_property
-    def _macs_per_rank(self) -> dict[str, int]:
-        return {name: split.macs_per_rank(self.profile.layer(name)) for name, split in self._splits.items()}
+    def _macs(self) -> Cost:
+        rates = {name: split.macs_per_rank(self.profile.layer(name)) for name, split in self._splits.items()}
+        dense = {name: self.profile.layer(name).macs for name in self._splits}
+        return self._cost(rates, dense, total=self.profile.macs)
+
+    @cached_property
+    def _params(self) -> Cost:
+        rates = {name: split.params_per_rank() for name, split in self._splits.items()}
+        dense = {}
+        for name in self._splits:
+            bias = self.model.get_submodule(name).bias
+            kept = bias.numel() if isinstance(bias, nn.Parameter) else 0
+            dense[name] = self.profile.layer(name).params - kept
+        ties = ties_of(self.model, lambda layer, _: frozenset({layer}) & self._splits.keys())
+        # The terms count a shared tensor once a layer; the ties take that back.
+        again = sum(tie.cost * (len(tie.holders) - 1) for tie in ties)
+        return self._cost(rates, dense, total=self.profile.params + again, ties=ties)
+
+    def _cost(
+        self, rates: Mapping[str, int], dense: Mapping[str, int], *, total: int, ties: tuple[Tie, ...] = ()
+    ) -> Cost:
+        """The cost of the layers that are not factorised, and a rate for each that is."""
+        untouched = CostTerm(total - sum(dense.values()))
+        factorised = (CostTerm(rate, forms=(LinearForm(0, {name: 1}),)) for name, rate in rates.items())
+        full = {unit.name: unit.full_size for unit in self.units}
+        return Cost((untouched, *factorised), full, dense, ties)
 
     def _split_or_reason(self, layer: LayerProfile) -> KernelSplit | str:
         if layer.name in self.ignore:

@@ -62,15 +62,32 @@ class KernelSplit:
         rows = m // groups * math.prod(kernel[axis] for axis in self._first)
         return by_group.permute(0, 2, *first, 1, *second).reshape(groups, rows, -1)
 
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Undo :meth:`matrix`.
+
+        Args:
+            matrix: ``(groups, rows, columns)``.
+
+        Returns:
+            ``(*weight.shape)`` in the layer's own precision.
+        """
+        groups, (n, m), kernel = self._groups, self._channels, self._kernel
+        order = [0, 2, *(3 + axis for axis in self._first), 1, *(3 + axis for axis in self._second)]
+        first = [kernel[axis] for axis in self._first]
+        second = [kernel[axis] for axis in self._second]
+        shaped = matrix.reshape(groups, m // groups, *first, n // groups, *second)
+        by_group = shaped.permute([order.index(axis) for axis in range(len(order))])
+        if isinstance(self.layer, TRANSPOSED_CONVOLUTIONS):
+            by_group = by_group.transpose(1, 2)
+        return by_group.reshape(self.weight.shape).to(self.weight)
+
     def macs_per_rank(self, profile: LayerProfile) -> int:
         """MACs that each unit of rank costs, over all calls of the layer.
 
         ``m * first axes * positions between the factors + n * second axes * positions of the output``. Along
         an axis of the second factor the positions between the factors are those of the *input*.
         """
-        (n, m), kernel = self._channels, self._kernel
-        first = m * math.prod(kernel[axis] for axis in self._first)
-        second = n * math.prod(kernel[axis] for axis in self._second)
+        first, second = self._weights_per_rank
         total = 0
         for before, after in profile.calls:
             if isinstance(self.layer, nn.Linear):
@@ -81,6 +98,10 @@ class KernelSplit:
                 between = [after[2 + a] if a in self._placed_first else before[2 + a] for a in self._axes]
                 total += after[0] * (first * math.prod(between) + second * math.prod(after[2:]))
         return total
+
+    def params_per_rank(self) -> int:
+        """Weights that each unit of rank adds; the bias is the same at every rank."""
+        return sum(self._weights_per_rank)
 
     def parts(self, rank: int) -> tuple[Part, Part]:
         """The two modules of a given rank, for the plan."""
@@ -130,6 +151,13 @@ class KernelSplit:
             if isinstance(self.layer.bias, nn.Parameter):
                 assert isinstance(second.bias, nn.Parameter)
                 second.bias.copy_(self.layer.bias)
+
+    @property
+    def _weights_per_rank(self) -> tuple[int, int]:
+        """Weights of the first and of the second factor for each unit of rank (in every group)."""
+        (n, m), kernel = self._channels, self._kernel
+        first = m * math.prod(kernel[axis] for axis in self._first)
+        return first, n * math.prod(kernel[axis] for axis in self._second)
 
     @property
     def _axes(self) -> range:

@@ -4,19 +4,20 @@ A method looks at a model once (:meth:`Method.analyse`) and says which *units* i
 rank it chooses, or groups of coupled channels. A selector chooses the sizes; :meth:`Analysis.apply`
 builds the compressed model. Two laws hold for every method:
 
-* the MACs that :meth:`Analysis.predict_macs` says are exactly the MACs counted on the built model;
+* the MACs and parameters that :meth:`Analysis.cost` says are exactly those counted on the built model;
 * every unit at its full size reproduces the dense model's output to float precision.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from compress_search.methods.cost import Cost
 from compress_search.plan import PlanStep
 from compress_search.profile import ModelProfile
 
@@ -58,8 +59,38 @@ class Compressed:
     step: PlanStep
 
 
+@dataclass(frozen=True)
+class Imitation:
+    """One unit compressed alone, imitated on the dense model by other parameters.
+
+    No model has to be built for it: the dense model with these parameters gives what the model would give
+    in which that unit alone is compressed, its layers refitted.
+
+    Attributes:
+        unit: Name of the unit.
+        parameters: For each size, the changed parameters by their names in ``model.named_parameters()``.
+            At every size they belong to the same layers.
+        errors: For each size, the squared error of the refitted layers' outputs relative to their energy, as
+            far as calibration data tells it; it falls as the size grows.
+    """
+
+    unit: str
+    parameters: Mapping[int, Mapping[str, Tensor]]
+    errors: Mapping[int, float]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose parameters change."""
+        changed = next(iter(self.parameters.values()))
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in changed))
+
+
 class Analysis(Protocol):
     """A method's view of one model."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model before compression. It is not to be changed."""
 
     @property
     def profile(self) -> ModelProfile:
@@ -85,8 +116,31 @@ class Analysis(Protocol):
             cheaper untouched.
         """
 
+    def cost(self, kind: str) -> Cost:
+        """The cost of every choice of sizes.
+
+        Args:
+            kind: One of :data:`compress_search.methods.cost.COST_KINDS`.
+        """
+
     def predict_macs(self, sizes: Sizes) -> int:
         """MACs of the model that :meth:`apply` would build, without building it."""
+
+    def predict_params(self, sizes: Sizes) -> int:
+        """Parameters of the model that :meth:`apply` would build, without building it."""
+
+    def imitations(
+        self, sizes: Mapping[str, Sequence[int]], batches: Sequence[Tensor]
+    ) -> Iterator[Imitation]:
+        """Imitate units one at a time, each at several sizes that share one factorisation.
+
+        Args:
+            sizes: The sizes to imitate by unit name.
+            batches: Calibration inputs, each ``(batch, ...)``; empty for the data-free mode.
+
+        Yields:
+            One imitation a unit, in the order given.
+        """
 
     def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
         """Build the compressed model. The analysed model is not changed.

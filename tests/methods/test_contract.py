@@ -45,6 +45,7 @@ def test_half_the_macs(method, net, samples):
 
     counted = profile_model(compressed.model, EXAMPLE)
     assert counted.macs == analysis.predict_macs(sizes)
+    assert counted.params == analysis.predict_params(sizes)
     assert compressed.step.mac_ratio == counted.macs / analysis.profile.macs
     assert 0.35 < compressed.step.mac_ratio <= 0.5
     inputs = torch.randn(2, *zoo.EXAMPLE_SHAPE[1:])
