@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compress_search.divergence import Divergence, divergence_of
 from compress_search.exceptions import ModelError
 from compress_search.profile import inference_mode_of
 
@@ -202,28 +203,14 @@ def divergence(model: nn.Module, reference: nn.Module, batches: Sequence[Tensor]
         batches: Inputs, each ``(batch, ...)``.
 
     Returns:
-        For outputs ``(batch, classes)`` the mean Kullback-Leibler divergence of the softmax distributions
-        in nats; for others the squared error relative to the reference's energy.
+        See :func:`compress_search.divergence.divergence_of`; the mean over all examples.
     """
     device = next(model.parameters()).device
-    total = scale = 0.0
+    total = Divergence()
     with inference_mode_of(model), inference_mode_of(reference):
         for batch in batches:
-            outputs, wanted = model(batch.to(device)), reference(batch.to(device))
-            if wanted.ndim == 2:
-                total += float(
-                    functional.kl_div(
-                        outputs.double().log_softmax(1),
-                        wanted.double().log_softmax(1),
-                        reduction="sum",
-                        log_target=True,
-                    )
-                )
-                scale += len(batch)
-            else:
-                total += float((outputs - wanted).double().square().sum())
-                scale += float(wanted.double().square().sum())
-    return total / scale if scale else 0.0
+            total += divergence_of(model(batch.to(device)), reference(batch.to(device)))
+    return total.mean
 
 
 def with_best_batchnorm(model: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) -> nn.Module:

@@ -1,0 +1,66 @@
+"""How far a model's outputs are from another's, without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence that is summed up batch by batch.
+
+    Attributes:
+        total: Sum over what was seen so far.
+        scale: What it is relative to: the number of examples, or the energy of the wanted outputs.
+    """
+
+    total: float = 0.0
+    scale: float = 0.0
+
+    def __add__(self, other: Divergence) -> Divergence:
+        return Divergence(self.total + other.total, self.scale + other.scale)
+
+    @property
+    def mean(self) -> float:
+        """The divergence; 0 where nothing was seen."""
+        return self.total / self.scale if self.scale else 0.0
+
+
+def divergence_of(outputs: Any, wanted: Any) -> Divergence:
+    """Compare one batch of outputs with what they should be.
+
+    Args:
+        outputs: A tensor, or tensors in lists, tuples or mappings.
+        wanted: The same of the reference model.
+
+    Returns:
+        For outputs ``(batch, classes)`` the Kullback-Leibler divergence of the softmax distributions in
+        nats; for any others the squared error, relative to the reference's energy. Of several tensors, the
+        floating point ones are compared, all by their squared error.
+    """
+    given = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    right = [leaf for leaf in tree_leaves(wanted) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if len(right) == 1 and are_logits(right[0]):
+        return Divergence(_kullback_leibler(given[0], right[0]), len(right[0]))
+    total = sum(float((g - r).double().square().sum()) for g, r in zip(given, right, strict=True))
+    return Divergence(total, sum(float(r.double().square().sum()) for r in right))
+
+
+def are_logits(outputs: Tensor) -> bool:
+    """Whether outputs are taken for the logits of a classifier: ``(batch, classes)``, two classes or more."""
+    return outputs.ndim == 2 and outputs.shape[1] > 1
+
+
+def _kullback_leibler(outputs: Tensor, wanted: Tensor) -> float:
+    # In float32 the difference of two nearly equal distributions is lost in rounding.
+    target = wanted.double().log_softmax(1)
+    given = outputs.double().log_softmax(1)
+    found: Tensor = functional.kl_div(given, target, reduction="sum", log_target=True)
+    # A half-precision model whose outputs overflow is infinitely far away, not undefined.
+    return float(torch.nan_to_num(found, nan=torch.inf))
