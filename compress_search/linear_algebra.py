@@ -23,7 +23,10 @@ def ridge_cholesky(gram: Tensor, pull: Tensor) -> Tensor:
     pull = pull.clamp_min(1e-12)
     while True:
         factor: Tensor
-        factor, fault = torch.linalg.cholesky_ex(gram + torch.diag_embed(pull))
+        # One copy and no more: these matrices can be the largest things in memory.
+        pulled = gram.clone()
+        pulled.diagonal(dim1=-2, dim2=-1).add_(pull)
+        factor, fault = torch.linalg.cholesky_ex(pulled)
         if not fault.any():
             return factor
         pull = 10 * pull

@@ -142,7 +142,7 @@ class _State:
         """The feature that each row stands for."""
         factor = ridge_cholesky(covariance, _RIDGE * mean_energy(covariance))
         inverse = torch.cholesky_inverse(factor)
-        self._inverse = inverse[self._features][:, grouped]
+        self._inverse = inverse[self._features[:, None], grouped]
         self._weights = consumer.weights[self._features]
         energy = (consumer.weights * (covariance @ consumer.weights)).sum()
         self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
@@ -207,11 +207,11 @@ class _State:
 
     def _catch_up(self) -> None:
         """Carry out what is pending, and drop the rows of blocks that are gone."""
-        kept_columns = self._live.repeat_interleave(self._width)
-        more = torch.ones(len(self._features) - len(kept_columns), dtype=torch.bool, device=self._live.device)
-        kept = torch.cat([kept_columns, more])
+        grouped = self._live.repeat_interleave(self._width)
+        others = torch.ones(len(self._features) - len(grouped), dtype=torch.bool, device=grouped.device)
+        kept = torch.cat([grouped, others]).nonzero()[:, 0]
         rows = self._columns[kept, : self._pending]
-        self._inverse = self._inverse[kept][:, kept_columns]
+        self._inverse = self._inverse[kept[:, None], grouped.nonzero()[:, 0]]
         self._inverse.addmm_(rows, rows[: self._inverse.shape[1]].T, alpha=-1)
         self._weights = torch.addmm(self._weights[kept], rows, self._answers[: self._pending], alpha=-1)
         self._features = self._features[kept]
