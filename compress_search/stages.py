@@ -28,6 +28,7 @@ from compress_search.progress import Progress
 from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
 from compress_search.results import Reference, StageResult
 from compress_search.selection import SELECTORS
+from compress_search.selection.request import SelectionRequest
 from compress_search.stage_store import StageStore
 from compress_search.task import Task
 from compress_search.training.fine_tuning import fine_tune
@@ -167,7 +168,8 @@ class StageRunner:
 
     def _choose_sizes(self, stage: Compress, model: nn.Module) -> tuple[Analysis, Sizes]:
         analysis = METHODS[stage.method].analyse(model, self._example, ignore=stage.ignore)
-        return analysis, SELECTORS[stage.selection](analysis, stage.mac_ratio, round_to=stage.round_to)
+        request = SelectionRequest(ratio=stage.mac_ratio, round_to=stage.round_to)
+        return analysis, SELECTORS[stage.selection].select(analysis, request, None)
 
     def _finish(
         self, key: str, name: str, plan: CompressionPlan, model: nn.Module, *, started: float

@@ -6,14 +6,34 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from compress_search.methods.method import Analysis
-from compress_search.selection.uniform import select_uniform
+from compress_search.selection.request import SelectionRequest
+from compress_search.selection.table import SensitivityTable
+from compress_search.selection.uniform import Uniform
 
 
 class Selector(Protocol):
     """Chooses the size of every unit."""
 
-    def __call__(self, analysis: Analysis, mac_ratio: float, *, round_to: int = 1) -> dict[str, int]:
-        """Return sizes that keep at most ``mac_ratio`` of the MACs."""
+    @property
+    def needs_table(self) -> bool:
+        """Whether it chooses by a sensitivity table."""
+
+    def select(
+        self, analysis: Analysis, request: SelectionRequest, table: SensitivityTable | None
+    ) -> dict[str, int]:
+        """Choose sizes that cost at most what is asked, and as nearly that as sizes permit.
+
+        Args:
+            analysis: A method's view of the model.
+            request: The budget, and what the sizes must keep to.
+            table: The losses of each unit; ``None`` for a selector that needs none.
+
+        Returns:
+            Size by unit name; a unit that is not named stays as it is.
+
+        Raises:
+            RatioError: The ratio cannot be reached; the nearest that can is named.
+        """
 
 
-SELECTORS: Mapping[str, Selector] = {"uniform": select_uniform}
+SELECTORS: Mapping[str, Selector] = {"uniform": Uniform()}

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from compress_search.exceptions import RatioError
-from compress_search.methods.method import Analysis, Unit
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compress_search.methods.cost import Cost, Integers
+from compress_search.methods.method import Analysis
+from compress_search.selection.choices import budget_within_reach, size_choices
+from compress_search.selection.remainder import spend_the_rest
+from compress_search.selection.request import SelectionRequest
+from compress_search.selection.table import SensitivityTable
 
 _BISECTIONS = 40
-_MOST_NAMED = 8
 
 
-def select_uniform(analysis: Analysis, mac_ratio: float, *, round_to: int = 1) -> dict[str, int]:
-    """Choose sizes so that the model keeps ``mac_ratio`` of its MACs, at most and as nearly as sizes permit.
+@dataclass(frozen=True)
+class Uniform:
+    """The selector; see :class:`compress_search.selection.Selector`. It needs no table."""
 
-    The common share is found by bisection. What rounding left over is then given back one step at a time,
-    to the unit that lost most of its full size first.
+    needs_table: bool = False
+
+    def select(
+        self, analysis: Analysis, request: SelectionRequest, table: SensitivityTable | None = None
+    ) -> dict[str, int]:
+        """Choose sizes of one share; see :func:`select_uniform`."""
+        choices = size_choices(analysis, request)
+        budget = budget_within_reach(analysis, request, choices)
+        return uniform_sizes(analysis.cost(request.cost), choices, budget)
+
+
+def select_uniform(analysis: Analysis, ratio: float, *, round_to: int = 1) -> dict[str, int]:
+    """Choose sizes so that the model keeps ``ratio`` of its MACs, at most and as nearly as sizes permit.
 
     Args:
         analysis: A method's view of the model.
-        mac_ratio: MACs to keep / MACs of the model, in (0, 1].
+        ratio: MACs to keep / MACs of the model, in (0, 1].
         round_to: Ranks and channels are multiples of this. Units that are too small for it stay as they are.
 
     Returns:
@@ -26,66 +47,49 @@ def select_uniform(analysis: Analysis, mac_ratio: float, *, round_to: int = 1) -
     Raises:
         RatioError: Even the smallest sizes keep more; the smallest reachable ratio is named.
     """
-    budget = mac_ratio * analysis.profile.macs
-    if budget >= analysis.profile.macs:
-        return {}
+    return Uniform().select(analysis, SelectionRequest(ratio=ratio, round_to=round_to))
+
+
+def uniform_sizes(
+    cost: Cost, choices: Mapping[str, range], budget: int, *, fixed: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Give each unit the same share, and spend what rounding leaves of the budget.
+
+    The common share is found by bisection. The rest is given back one step at a time, to the units that lost
+    most first.
+
+    Args:
+        cost: What the budget counts.
+        choices: The sizes that each unit may take, ascending.
+        budget: The highest cost; the smallest sizes keep within it.
+        fixed: Sizes of other units.
+    """
+    fixed = fixed or {}
+    if cost.of(fixed) <= budget:
+        return dict(fixed)
     low, high = 0.0, 1.0
-    sizes = _sizes_at(analysis, low, round_to)
-    least = analysis.predict_macs(sizes)
-    if least > budget:
-        raise RatioError(
-            f"A mac_ratio of {mac_ratio:.4f} cannot be reached: the smallest reachable is "
-            f"{least / analysis.profile.macs:.4f}. Ask for more, or lift what holds it up: "
-            f"{_holding_up(analysis)}."
-        )
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        candidate = _sizes_at(analysis, middle, round_to)
-        if analysis.predict_macs(candidate) <= budget:
-            low, sizes = middle, candidate
+        if cost.of(_at_share(cost, choices, middle) | fixed) <= budget:
+            low = middle
         else:
             high = middle
-    return _spend_the_rest(analysis, sizes, budget, round_to)
+    sizes = _at_share(cost, choices, low) | fixed
+    places = {name: place for place, name in enumerate(cost.full)}
+    largest = np.array([choices[name][-1] if name in choices else size for name, size in cost.full.items()])
+    sized = np.array([places[name] for name in choices])
+
+    def lost(rows: Integers) -> npt.NDArray[np.float64]:
+        shares = np.where(rows > 0, rows / largest, 1.0)[:, sized]
+        distances: npt.NDArray[np.float64] = ((1 - shares) ** 2).sum(axis=1)
+        return distances
+
+    return spend_the_rest(cost, sizes, budget, choices, regret=lost)
 
 
-def _sizes_at(analysis: Analysis, share: float, round_to: int) -> dict[str, int]:
+def _at_share(cost: Cost, choices: Mapping[str, range], share: float) -> dict[str, int]:
     sizes = {}
-    for unit in analysis.units:
-        step = unit.step(round_to)
-        size = analysis.size_at(unit, max(share, 1e-9))
-        if size is not None and step <= _largest(analysis, unit):
-            sizes[unit.name] = max(size // step * step, step)
+    for name, allowed in choices.items():
+        size = cost.size_at(name, share) or 0
+        sizes[name] = max(size - size % allowed.step, allowed[0])
     return sizes
-
-
-def _spend_the_rest(
-    analysis: Analysis, sizes: dict[str, int], budget: float, round_to: int
-) -> dict[str, int]:
-    open_units: list[Unit] = [unit for unit in analysis.units if unit.name in sizes]
-    while open_units:
-        unit = min(open_units, key=lambda u: sizes[u.name] / u.full_size)
-        larger = sizes | {unit.name: sizes[unit.name] + unit.step(round_to)}
-        useful = larger[unit.name] <= _largest(analysis, unit)
-        if useful and analysis.predict_macs(larger) <= budget:
-            sizes = larger
-        else:
-            open_units.remove(unit)
-    return sizes
-
-
-def _largest(analysis: Analysis, unit: Unit) -> int:
-    """The largest size that is not dearer than leaving the unit as it is."""
-    return analysis.size_at(unit, 1.0) or 0
-
-
-def _holding_up(analysis: Analysis) -> str:
-    """Name the layers that were left alone, the dearest first, each with its share and reason."""
-    layers = [analysis.profile.layer(name) for name in analysis.left_alone]
-    layers.sort(key=lambda layer: -layer.macs)
-    total = analysis.profile.macs
-    named = [
-        f"{layer.name} ({layer.macs / total:.1%} of the MACs; {analysis.left_alone[layer.name]})"
-        for layer in layers[:_MOST_NAMED]
-    ]
-    more = len(layers) - len(named)
-    return (", ".join(named) or "nothing was left alone") + (f" and {more} more" if more > 0 else "")

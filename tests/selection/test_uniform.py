@@ -12,7 +12,7 @@ from compress_search.exceptions import RatioError
 from compress_search.methods import METHODS
 from compress_search.methods.method import Unit
 from compress_search.selection import SELECTORS
-from compress_search.selection.uniform import select_uniform
+from compress_search.selection.uniform import Uniform, select_uniform
 
 
 def _chain(widths: list[int]) -> nn.Module:
@@ -100,4 +100,4 @@ def test_an_unreachable_ratio_names_the_layers_that_hold_it_up():
 
 
 def test_uniform_is_in_the_table():
-    assert SELECTORS["uniform"] is select_uniform
+    assert isinstance(SELECTORS["uniform"], Uniform)

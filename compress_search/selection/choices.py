@@ -1,0 +1,110 @@
+"""The sizes that each unit may take, and the ratios that they can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from compress_search.exceptions import RatioError
+from compress_search.methods.cost import Cost
+from compress_search.methods.method import Analysis, Unit
+from compress_search.profile import LayerProfile
+from compress_search.selection.request import SelectionRequest
+
+_MOST_NAMED = 8
+
+
+def size_choices(analysis: Analysis, request: SelectionRequest) -> dict[str, range]:
+    """The sizes that each unit may take, ascending; beside them it may stay as it is.
+
+    Units that have no such size (they are too small for ``round_to``, or ``least_share`` leaves nothing to
+    remove) are missing.
+    """
+    cost = analysis.cost(request.cost)
+    found = {unit.name: _sizes_of(unit, cost, request) for unit in analysis.units}
+    return {name: sizes for name, sizes in found.items() if sizes}
+
+
+def budget_within_reach(analysis: Analysis, request: SelectionRequest, choices: Mapping[str, range]) -> int:
+    """The highest cost that the request allows.
+
+    Raises:
+        RatioError: Even the smallest sizes cost more. The least reachable ratio is named, and what holds it
+            up: ignored layers to lift, settings, and layers that the method cannot compress.
+    """
+    cost = analysis.cost(request.cost)
+    total = cost.of({})
+    budget = int(request.ratio * total)
+    least = _least(cost, choices)
+    if least <= budget:
+        return budget
+    raise RatioError(
+        f"A ratio of {request.ratio:.4f} of the {_NAMES[request.cost]} cannot be reached: the smallest "
+        f"reachable is {least / total:.4f}. Ask for more{_settings_to_lift(analysis, request, least)}, or "
+        f"lift what holds it up: {_holding_up(analysis, request.cost, total)}."
+    )
+
+
+_NAMES = {"macs": "MACs", "params": "parameters"}
+
+
+def _sizes_of(unit: Unit, cost: Cost, request: SelectionRequest) -> range:
+    step = unit.step(request.round_to)
+    least = max(least_size(unit, cost, request.least_share), unit.least)
+    most = cost.size_at(unit.name, 1.0) or 0
+    return range(-(-least // step) * step, most + 1, step)
+
+
+def least_size(unit: Unit, cost: Cost, share: float) -> int:
+    """The smallest size at which a unit keeps at least ``share`` of what it costs, and at least 1."""
+    most = cost.size_at(unit.name, 1.0) or 0
+    size = cost.size_at(unit.name, share) or 0
+    kept = size * cost.rates[unit.name] / cost.dense[unit.name] if unit.name in cost.dense else size / most
+    return min(size + (kept < share), unit.full_size) if size else 1
+
+
+def _least(cost: Cost, choices: Mapping[str, range]) -> int:
+    return cost.of({name: sizes[0] for name, sizes in choices.items()})
+
+
+def _settings_to_lift(analysis: Analysis, request: SelectionRequest, least: int) -> str:
+    """Say how low the ratio gets without the settings that keep sizes large."""
+    cost = analysis.cost(request.cost)
+    settings = [
+        text
+        for text, is_set in (
+            (f"round_to={request.round_to}", request.round_to > 1),
+            (f"least_share={request.least_share:g}", request.least_share > 0),
+        )
+        if is_set
+    ]
+    freely = _least(cost, size_choices(analysis, SelectionRequest(ratio=request.ratio, cost=request.cost)))
+    if not settings or freely >= least:
+        return ""
+    return f", go without {' and '.join(settings)} (the smallest is {freely / cost.of({}):.4f} then)"
+
+
+def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
+    """Name the layers that were left alone, those asked for first, the dearest first, with their shares."""
+
+    def share(layer: LayerProfile) -> float:
+        return (layer.macs if kind == "macs" else layer.params) / total
+
+    def described(layers: Sequence[LayerProfile]) -> str:
+        named = [
+            f"{layer.name} ({share(layer):.1%} of the {_NAMES[kind]}; {analysis.left_alone[layer.name]})"
+            for layer in sorted(layers, key=share, reverse=True)[:_MOST_NAMED]
+        ]
+        more = f" and {len(layers) - len(named)} more" if len(layers) > len(named) else ""
+        return ", ".join(named) + more
+
+    layers = [analysis.profile.layer(name) for name in analysis.left_alone]
+    asked = [layer for layer in layers if analysis.left_alone[layer.name].startswith("you asked")]
+    others = [layer for layer in layers if layer not in asked]
+    outside = analysis.profile.params - sum(layer.params for layer in analysis.profile.layers)
+    elsewhere = (
+        f"{outside / total:.1%} of the parameters, which no convolution or linear layer has"
+        if kind == "params" and outside > 0
+        else ""
+    )
+    parts = filter(None, (described(asked), described(others), elsewhere))
+    return "; and ".join(parts) or "nothing was left alone"
