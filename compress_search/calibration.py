@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress_search.divergence import Divergence, divergence_of
 from compress_search.exceptions import ModelError
-from compress_search.profile import inference_mode_of
+from compress_search.moments import MomentSums
+from compress_search.profile import CONVOLUTIONS, inference_mode_of
 
 logger = logging.getLogger("compress_search")
-
-_CHUNK_ELEMENTS = 2**24
-"""Largest number of elements of unfolded patches that are held at a time (64 MB in float32)."""
 
 _GRAM_ELEMENTS = 2**27
 """How many elements of Gram matrices are accumulated in one pass (1 GB in float64)."""
@@ -30,12 +27,9 @@ _GRAM_ELEMENTS = 2**27
 WIDEST = 8192
 """Layers with more input features than this have no Gram matrix (0.5 GB in float64 at this width)."""
 
-Patches = Callable[[Tensor], Tensor]
-"""Turns a layer's input into rows ``(groups, rows, features)``."""
-
 
 def gram_matrices(
-    model: nn.Module, patches: Mapping[str, Patches], batches: Sequence[Tensor]
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Accumulate the second moments of layers' input patches.
 
@@ -43,7 +37,9 @@ def gram_matrices(
 
     Args:
         model: The model.
-        patches: For each layer by name, how its input is unfolded into rows.
+        layers: For layers of the model by name, the convolution or linear layer that says how the inputs
+            become rows, see :func:`compress_search.patches.input_patches`: the layer itself, or another one
+            in its place.
         batches: Calibration inputs, each ``(batch, ...)``.
 
     Returns:
@@ -54,34 +50,21 @@ def gram_matrices(
     Raises:
         ModelError: A layer's input is not finite.
     """
-    sizes = _gram_sizes(model, patches, batches[0][:1])
+    sizes = {name: _gram_size(layer) for name, layer in layers.items()}
     wide = [name for name, elements in sizes.items() if elements > WIDEST**2]
     if wide:
         logger.warning("Too wide for a Gram matrix, so treated without data: %s.", ", ".join(wide))
     grams: dict[str, Tensor] = {}
     for names in _passes({name: elements for name, elements in sizes.items() if name not in wide}):
-        grams |= _gram_matrices(model, {name: patches[name] for name in names}, batches)
+        grams |= _gram_matrices(model, {name: layers[name] for name in names}, batches)
     return grams
 
 
-def _gram_sizes(model: nn.Module, patches: Mapping[str, Patches], example: Tensor) -> dict[str, int]:
-    """Number of elements of each layer's Gram matrices."""
-    sizes: dict[str, int] = {}
-
-    def measure(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            groups, _, features = patches[name](inputs[0][:1]).shape
-            sizes[name] = groups * features**2
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(measure(name)) for name in patches]
-    try:
-        run(model, [example])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sizes
+def _gram_size(layer: nn.Module) -> int:
+    """Number of elements of a layer's Gram matrices."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return (layer.groups if isinstance(layer, CONVOLUTIONS) else 1) * weight[0].numel() ** 2
 
 
 def _passes(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -98,29 +81,22 @@ def _passes(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def _gram_matrices(
-    model: nn.Module, patches: Mapping[str, Patches], batches: Sequence[Tensor]
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    rows_seen: dict[str, int] = {}
+    sums = {name: MomentSums(layer, has_bias=True) for name, layer in layers.items()}
 
     def accumulate(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            for piece in torch.split(inputs[0], examples_at_a_time(inputs[0], patches[name])):
-                rows = with_ones(in_full_precision(patches[name](piece)))
-                gram = rows.transpose(1, 2).matmul(rows).double()
-                sums[name] = sums[name] + gram if name in sums else gram
-                rows_seen[name] = rows_seen.get(name, 0) + rows.shape[1]
+        return lambda module, inputs, output: sums[name].add(inputs[0])
 
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(accumulate(name)) for name in patches]
+    hooks = [model.get_submodule(name).register_forward_hook(accumulate(name)) for name in layers]
     try:
         run(model, batches)
     finally:
         for hook in hooks:
             hook.remove()
-    warn_of_few_rows([name for name in patches if rows_seen[name] < len(sums[name][0])])
-    return {name: check_finite(sums[name] / rows_seen[name], layer=name) for name in patches}
+    grams = {name: check_finite(total.gram(), layer=name) for name, total in sums.items()}
+    warn_of_few_rows([name for name, gram in grams.items() if sums[name].rows < gram.shape[-1]])
+    return {name: gram.div_(sums[name].rows) for name, gram in grams.items()}
 
 
 def warn_of_few_rows(layers: Sequence[str]) -> None:
@@ -131,26 +107,6 @@ def warn_of_few_rows(layers: Sequence[str]) -> None:
             "calibration samples would serve it better.",
             ", ".join(layers),
         )
-
-
-def examples_at_a_time(inputs: Tensor, patches: Patches) -> int:
-    """How many examples of a batch can be unfolded at a time in bounded memory; at least one.
-
-    Args:
-        inputs: ``(batch, ...)``.
-        patches: Unfolds it.
-    """
-    return max(1, _CHUNK_ELEMENTS // max(1, patches(inputs[:1]).numel()))
-
-
-def in_full_precision(values: Tensor) -> Tensor:
-    """Return half-precision values in float32, in which sums of products do not overflow; others as is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def with_ones(rows: Tensor) -> Tensor:
-    """Append a column of ones, the regressor of the bias, to ``(groups, rows, features)``."""
-    return functional.pad(rows, (0, 1), value=1.0)
 
 
 def check_finite(matrix: Tensor, *, layer: str) -> Tensor:

@@ -32,7 +32,7 @@ def input_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
         return inputs.reshape(1, -1, inputs.shape[-1])
     if not isinstance(layer, CONVOLUTIONS):
         raise ModelError(f"Input patches of a {type(layer).__name__} are not defined.")
-    padded = _pad(layer, inputs)
+    padded = padded_inputs(layer, inputs)
     dimensions = len(layer.kernel_size)
     for axis in range(dimensions):
         size, step, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
@@ -69,7 +69,13 @@ def output_rows(layer: nn.Module, outputs: Tensor) -> Tensor:
     return grouped.permute(1, 0, 3, 2).reshape(groups, -1, outputs.shape[1] // groups)
 
 
-def _pad(layer: nn.Module, inputs: Tensor) -> Tensor:
+def padded_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Pad a convolution's inputs as the convolution itself does.
+
+    Args:
+        layer: A convolution.
+        inputs: ``(batch, channels, *spatial)``.
+    """
     assert isinstance(layer, CONVOLUTIONS)
     if layer.padding == "valid":
         return inputs

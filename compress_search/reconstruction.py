@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import (
-    WIDEST,
-    check_finite,
-    examples_at_a_time,
-    in_full_precision,
-    warn_of_few_rows,
-    with_ones,
-)
+from compress_search.calibration import WIDEST, check_finite, warn_of_few_rows
 from compress_search.linear_algebra import mean_energy, ridge_cholesky
-from compress_search.patches import input_patches, output_rows, set_weights_from_rows
+from compress_search.moments import Moments, MomentSums
+from compress_search.patches import set_weights_from_rows
 from compress_search.profile import inference_mode_of
 
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -52,37 +46,6 @@ class Refit:
     source: str
     outputs: tuple[int, ...] | None = None
     calls: int = 1
-
-
-@dataclass
-class Moments:
-    """Accumulated moments of a regression of output residuals on inputs, per group.
-
-    A layer with a bias has one regressor more than features, which is always 1.
-
-    Attributes:
-        gram: ``(groups, regressors, regressors)``, sum of outer products of the input rows.
-        cross: ``(groups, regressors, channels / groups)``, sum of their outer products with the residuals.
-        rows: Number of input rows.
-        has_bias: Whether the last regressor is that of the bias.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    rows: int
-    has_bias: bool
-
-    def __add__(self, other: Moments) -> Moments:
-        rows = self.rows + other.rows
-        return Moments(self.gram + other.gram, self.cross + other.cross, rows, self.has_bias)
-
-    def change_of_error(self, correction: Tensor) -> float:
-        """Change of the summed squared error if ``correction`` is added to the weights.
-
-        Args:
-            correction: ``(groups, regressors, channels / groups)``.
-        """
-        return float((correction * (self.gram @ correction - 2 * self.cross)).sum())
 
 
 def refit_in_forward_order(
@@ -182,18 +145,9 @@ def _moments(
 
 
 def _batch_moments(layer: nn.Module, inputs: Tensor, residual: Tensor) -> Moments:
-    size = examples_at_a_time(inputs, lambda piece: input_patches(layer, piece))
-    has_bias = layer.bias is not None
-    total: Moments | None = None
-    for piece, left in zip(torch.split(inputs, size), torch.split(residual, size), strict=True):
-        rows = in_full_precision(input_patches(layer, piece))
-        rows = with_ones(rows) if has_bias else rows
-        gram = rows.transpose(1, 2) @ rows
-        cross = rows.transpose(1, 2) @ in_full_precision(output_rows(layer, left))
-        moments = Moments(gram.double(), cross.double(), rows.shape[1], has_bias)
-        total = moments if total is None else total + moments
-    assert total is not None
-    return total
+    sums = MomentSums(layer, has_bias=layer.bias is not None)
+    sums.add(inputs, residual)
+    return sums.moments()
 
 
 class _Reached(Exception):

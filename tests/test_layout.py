@@ -27,6 +27,7 @@ ORDER = (
     "divergence",
     "replay",
     "patches",
+    "moments",
     "calibration",
     "reconstruction",
     "methods",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress_search.calibration import gram_matrices
 from compress_search.methods.brain_surgeon import Consumer, remove_blocks
 from compress_search.methods.coupling import CoupledGroup, Member
-from compress_search.patches import has_patches, input_patches
+from compress_search.patches import has_patches
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
 from compress_search.surgery import chunks
 
@@ -59,8 +59,7 @@ def _input_moments(
     views = {}
     for name in sorted(names):
         if has_patches(model, name):
-            layer = model.get_submodule(name)
-            views[name] = lambda inputs, layer=layer: input_patches(layer, inputs)
+            views[name] = model.get_submodule(name)
     return gram_matrices(model, views, batches) if batches and views else {}
 
 

@@ -15,7 +15,7 @@ from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_o
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import factorise
 from compress_search.methods.method import Compressed, Imitation, Sizes, Unit
-from compress_search.patches import has_patches, input_patches
+from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile
 from compress_search.reconstruction import Refit, refit_in_forward_order
@@ -169,8 +169,7 @@ class FactorisationAnalysis:
             return {}
         views = {}
         for name, split in splits.items():
-            first = split.parts(1)[0].build(split.weight)
-            views[name] = lambda inputs, first=first: input_patches(first, inputs)
+            views[name] = split.parts(1)[0].build(split.weight)
         return {name: gram[:, :-1, :-1] for name, gram in gram_matrices(self.model, views, batches).items()}
 
     def _refits(self, model: nn.Module, splits: Mapping[str, KernelSplit]) -> list[Refit]:

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from compress_search.calibration import divergence, gram_matrices, reestimated_batchnorm, with_best_batchnorm
 from compress_search.exceptions import ModelError
+from compress_search.moments import MomentSums
 from compress_search.patches import input_patches, output_rows, set_weights_from_rows
 
 
@@ -49,6 +51,50 @@ def test_patches_times_weights_are_the_outputs(layer, seed):
     torch.testing.assert_close(outputs, output_rows(layer, layer(inputs).detach()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=60, deadline=None)
+@given(
+    layer=convolutions(),
+    seed=st.integers(0, 10),
+    size=st.sampled_from([5, 7]),
+    chunk=st.sampled_from([1, 2**24]),
+)
+def test_moments_by_shifts_are_those_of_all_rows(layer, seed, size, chunk):
+    torch.manual_seed(seed)
+    inputs = torch.randn(3, layer.in_channels, *(size,) * len(layer.kernel_size))
+    residual = torch.randn_like(layer(inputs))
+    rows, wanted = input_patches(layer, inputs).double(), output_rows(layer, residual).double()
+    if layer.bias is not None:
+        rows = functional.pad(rows, (0, 1), value=1.0)
+    sums = MomentSums(layer, has_bias=layer.bias is not None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress_search.moments._CHUNK_ELEMENTS", chunk)
+        sums.add(inputs, residual)
+        sums.add(2 * inputs, residual)
+    moments = sums.moments()
+    assert moments.rows == 2 * rows.shape[1]
+    twice = 2 * rows
+    if layer.bias is not None:
+        twice[..., -1] = 1.0
+    both = torch.cat([rows, twice], dim=1)
+    torch.testing.assert_close(moments.gram, both.mT @ both, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        moments.cross, both.mT @ torch.cat([wanted, wanted], dim=1), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_moments_of_linear_rows_on_a_sequence():
+    layer = nn.Linear(4, 3)
+    inputs, residual = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    sums = MomentSums(layer, has_bias=True)
+    sums.add(inputs, residual)
+    rows = functional.pad(inputs.reshape(10, 4), (0, 1), value=1.0).double()
+    torch.testing.assert_close(sums.moments().gram[0], rows.T @ rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sums.moments().cross[0], rows.T @ residual.reshape(10, 3).double(), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_linear_rows_on_a_sequence():
     layer = nn.Linear(4, 3)
     inputs = torch.randn(2, 5, 4)
@@ -70,11 +116,11 @@ def test_patches_of_an_unknown_layer_are_refused():
 
 
 def test_streamed_gram_equals_the_gram_of_all_rows_at_once(monkeypatch):
-    monkeypatch.setattr("compress_search.calibration._CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("compress_search.moments._CHUNK_ELEMENTS", 100)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3))
     batches = [torch.randn(n, 2, 6, 6) for n in (3, 1, 4)]
     layer = model[2]
-    gram = gram_matrices(model, {"2": lambda inputs: input_patches(layer, inputs)}, batches)["2"][0]
+    gram = gram_matrices(model, {"2": layer}, batches)["2"][0]
     rows = input_patches(layer, model[:2](torch.cat(batches)).detach())[0].double()
     rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
     torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
@@ -85,7 +131,7 @@ def test_activations_that_are_not_finite_name_the_layer():
     model[0].weight.data[0] = float("nan")
     layer = model[1]
     with pytest.raises(ModelError, match="layer '1' are not finite"):
-        gram_matrices(model, {"1": lambda inputs: input_patches(layer, inputs)}, [torch.randn(2, 1, 8, 8)])
+        gram_matrices(model, {"1": layer}, [torch.randn(2, 1, 8, 8)])
 
 
 def test_divergence_is_the_kl_divergence_of_the_softmax():
@@ -134,14 +180,14 @@ def test_batchnorm_is_reestimated_only_where_that_helps():
 def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
     batches = [torch.randn(8, 1, 9, 9) for _ in range(2)]
-    views = {name: (lambda x, layer=layer: input_patches(layer, x)) for name, layer in model.named_children()}
+    views = dict(model.named_children())
     together = gram_matrices(model, views, batches)
     runs = []
     model.register_forward_hook(lambda *_: runs.append(1))
     monkeypatch.setattr("compress_search.calibration._GRAM_ELEMENTS", 36**2)
     apart = gram_matrices(model, views, batches)
-    # One to measure, then the layers of 9, 36 and 4 features in three passes over two batches each.
-    assert len(runs) == 1 + 3 * 2
+    # The layers of 9, 36 and 4 features in three passes over two batches each.
+    assert len(runs) == 3 * 2
     for name, gram in together.items():
         assert torch.equal(apart[name], gram)
 
@@ -149,6 +195,6 @@ def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):
 def test_a_layer_too_wide_for_a_gram_matrix_is_left_out_and_named(monkeypatch, caplog):
     monkeypatch.setattr("compress_search.calibration.WIDEST", 20)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
-    views = {name: (lambda x, layer=layer: input_patches(layer, x)) for name, layer in model.named_children()}
+    views = dict(model.named_children())
     assert set(gram_matrices(model, views, [torch.randn(8, 1, 9, 9)])) == {"0"}
     assert "Too wide for a Gram matrix, so treated without data: 1." in caplog.text
