@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from compress_search.methods.method import Analysis
+from compress_search.selection.greedy import Greedy
+from compress_search.selection.manual import Manual
+from compress_search.selection.optimal import Optimal
 from compress_search.selection.request import SelectionRequest
 from compress_search.selection.table import SensitivityTable
 from compress_search.selection.uniform import Uniform
@@ -36,4 +39,10 @@ class Selector(Protocol):
         """
 
 
-SELECTORS: Mapping[str, Selector] = {"uniform": Uniform()}
+SELECTORS: Mapping[str, Selector] = {
+    "optimal": Optimal(),
+    "greedy": Greedy(),
+    "greedy_monotonic": Greedy(monotonic=True),
+    "uniform": Uniform(),
+    "manual": Manual(),
+}

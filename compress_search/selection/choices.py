@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from compress_search.exceptions import RatioError
@@ -24,8 +25,20 @@ def size_choices(analysis: Analysis, request: SelectionRequest) -> dict[str, ran
     return {name: sizes for name, sizes in found.items() if sizes}
 
 
-def budget_within_reach(analysis: Analysis, request: SelectionRequest, choices: Mapping[str, range]) -> int:
+def budget_within_reach(
+    analysis: Analysis,
+    request: SelectionRequest,
+    choices: Mapping[str, range],
+    *,
+    fixed: Mapping[str, int] | None = None,
+) -> int:
     """The highest cost that the request allows.
+
+    Args:
+        analysis: A method's view of the model.
+        request: What is asked.
+        choices: The sizes of the units that are to be sized.
+        fixed: Sizes of other units.
 
     Raises:
         RatioError: Even the smallest sizes cost more. The least reachable ratio is named, and what holds it
@@ -34,14 +47,20 @@ def budget_within_reach(analysis: Analysis, request: SelectionRequest, choices: 
     cost = analysis.cost(request.cost)
     total = cost.of({})
     budget = int(request.ratio * total)
-    least = _least(cost, choices)
+    least = _least(cost, choices, fixed or {})
     if least <= budget:
         return budget
+    remedy = f"Ask for more{_settings_to_lift(analysis, request, least)}"
     raise RatioError(
         f"A ratio of {request.ratio:.4f} of the {_NAMES[request.cost]} cannot be reached: the smallest "
-        f"reachable is {least / total:.4f}. Ask for more{_settings_to_lift(analysis, request, least)}, or "
-        f"lift what holds it up: {_holding_up(analysis, request.cost, total)}."
+        f"reachable is {in_words(least / total)}. {remedy}, or lift what holds it up: "
+        f"{_holding_up(analysis, request.cost, total)}."
     )
+
+
+def in_words(ratio: float) -> str:
+    """A ratio for an error message, rounded up: who asks for it gets it."""
+    return f"{math.ceil(ratio * 1e4) / 1e4:.4f}"
 
 
 _NAMES = {"macs": "MACs", "params": "parameters"}
@@ -49,12 +68,12 @@ _NAMES = {"macs": "MACs", "params": "parameters"}
 
 def _sizes_of(unit: Unit, cost: Cost, request: SelectionRequest) -> range:
     step = unit.step(request.round_to)
-    least = max(least_size(unit, cost, request.least_share), unit.least)
+    least = max(_least_size(unit, cost, request.least_share), unit.least)
     most = cost.size_at(unit.name, 1.0) or 0
     return range(-(-least // step) * step, most + 1, step)
 
 
-def least_size(unit: Unit, cost: Cost, share: float) -> int:
+def _least_size(unit: Unit, cost: Cost, share: float) -> int:
     """The smallest size at which a unit keeps at least ``share`` of what it costs, and at least 1."""
     most = cost.size_at(unit.name, 1.0) or 0
     size = cost.size_at(unit.name, share) or 0
@@ -62,8 +81,14 @@ def least_size(unit: Unit, cost: Cost, share: float) -> int:
     return min(size + (kept < share), unit.full_size) if size else 1
 
 
-def _least(cost: Cost, choices: Mapping[str, range]) -> int:
-    return cost.of({name: sizes[0] for name, sizes in choices.items()})
+def size_of_share(cost: Cost, unit: str, share: float, sizes: range) -> int:
+    """The largest allowed size at which a unit keeps at most a share of what it costs; else the smallest."""
+    size = cost.size_at(unit, share) or 0
+    return min(max(size - size % sizes.step, sizes[0]), sizes[-1])
+
+
+def _least(cost: Cost, choices: Mapping[str, range], fixed: Mapping[str, int]) -> int:
+    return cost.of({name: sizes[0] for name, sizes in choices.items()} | dict(fixed))
 
 
 def _settings_to_lift(analysis: Analysis, request: SelectionRequest, least: int) -> str:
@@ -77,10 +102,11 @@ def _settings_to_lift(analysis: Analysis, request: SelectionRequest, least: int)
         )
         if is_set
     ]
-    freely = _least(cost, size_choices(analysis, SelectionRequest(ratio=request.ratio, cost=request.cost)))
+    unbound = size_choices(analysis, SelectionRequest(ratio=request.ratio, cost=request.cost))
+    freely = _least(cost, unbound, {})
     if not settings or freely >= least:
         return ""
-    return f", go without {' and '.join(settings)} (the smallest is {freely / cost.of({}):.4f} then)"
+    return f", go without {' and '.join(settings)} (the smallest is {in_words(freely / cost.of({}))} then)"
 
 
 def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
@@ -103,7 +129,7 @@ def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
     outside = analysis.profile.params - sum(layer.params for layer in analysis.profile.layers)
     elsewhere = (
         f"{outside / total:.1%} of the parameters, which no convolution or linear layer has"
-        if kind == "params" and outside > 0
+        if kind == "params" and outside > 0.0005 * total
         else ""
     )
     parts = filter(None, (described(asked), described(others), elsewhere))

@@ -21,13 +21,19 @@ Regret = Callable[[Integers], npt.NDArray[np.float64]]
 
 
 def spend_the_rest(
-    cost: Cost, sizes: Mapping[str, int], budget: int, choices: Mapping[str, range], *, regret: Regret
+    cost: Cost,
+    sizes: Mapping[str, int],
+    budget: int,
+    choices: Mapping[str, range],
+    *,
+    regret: Regret,
+    tolerated: float,
 ) -> dict[str, int]:
     """Let units grow by single steps, as long as one fits into the budget.
 
     The step is taken that leaves the least regret. After its largest size a unit is left as it is. If single
     steps end further from the budget than :data:`CLOSE`, which happens where sizes are few, one unit shrinks
-    so that another can grow more, as often as that comes closer.
+    so that another can grow more, as often as that comes closer at little regret.
 
     Args:
         cost: What the budget counts.
@@ -35,23 +41,25 @@ def spend_the_rest(
         budget: The highest cost.
         choices: The sizes that each unit may take, ascending.
         regret: How much sizes are unwanted.
+        tolerated: By how much more, relative, they may be so to come closer to the budget.
 
     Returns:
         The sizes; as near to the budget as was found, and never above it.
     """
     places = {name: place for place, name in enumerate(cost.full)}
     row = _grown(cost, cost.row(sizes), budget, choices, regret)
+    limit = (1 + tolerated) * regret(row[None])[0]
     for _ in range(_MOST_EXCHANGES):
         spent = cost.of_rows(row[None])[0]
         if spent >= (1 - CLOSE) * budget:
             break
         rows = _exchanges(row, places, choices)
-        costs = cost.of_rows(rows)
-        rows, costs = rows[(spent < costs) & (costs <= budget)], costs[(spent < costs) & (costs <= budget)]
-        if not len(rows):
+        costs, regrets = cost.of_rows(rows), regret(rows)
+        closer = (spent < costs) & (costs <= budget) & (regrets <= limit)
+        if not closer.any():
             break
-        near = costs >= (1 - CLOSE) * budget
-        row = rows[near][np.argmin(regret(rows[near]))] if near.any() else rows[np.argmax(costs)]
+        near = closer & (costs >= (1 - CLOSE) * budget)
+        row = rows[np.where(near, regrets, np.inf).argmin() if near.any() else (costs * closer).argmax()]
         row = _grown(cost, row, budget, choices, regret)
     return {name: int(row[place]) for name, place in places.items() if row[place]}
 
@@ -62,7 +70,7 @@ def _grown(cost: Cost, row: Integers, budget: int, choices: Mapping[str, range],
     while open_units:
         rows = np.tile(row, (len(open_units), 1))
         for number, name in enumerate(open_units):
-            rows[number, places[name]] = _moved(int(row[places[name]]), choices[name], 1)
+            rows[number, places[name]] = _moved(int(row[places[name]]), choices[name], 1) or 0
         number = int(np.argmin(regret(rows)))
         larger = cost.of_rows(rows[number][None])[0]
         if larger <= budget:

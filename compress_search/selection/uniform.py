@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from compress_search.methods.cost import Cost, Integers
 from compress_search.methods.method import Analysis
-from compress_search.selection.choices import budget_within_reach, size_choices
+from compress_search.selection.choices import budget_within_reach, size_choices, size_of_share
 from compress_search.selection.remainder import spend_the_rest
 from compress_search.selection.request import SelectionRequest
 from compress_search.selection.table import SensitivityTable
 
 _BISECTIONS = 40
+_TOLERATED = 1.0
+"""By how much more unequal the units may become, relative, to come within half a per cent of the budget."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def uniform_sizes(
         budget: The highest cost; the smallest sizes keep within it.
         fixed: Sizes of other units.
     """
-    fixed = fixed or {}
+    fixed = dict(fixed or {})
     if cost.of(fixed) <= budget:
-        return dict(fixed)
+        return fixed
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -84,12 +86,8 @@ def uniform_sizes(
         distances: npt.NDArray[np.float64] = ((1 - shares) ** 2).sum(axis=1)
         return distances
 
-    return spend_the_rest(cost, sizes, budget, choices, regret=lost)
+    return spend_the_rest(cost, sizes, budget, choices, regret=lost, tolerated=_TOLERATED)
 
 
 def _at_share(cost: Cost, choices: Mapping[str, range], share: float) -> dict[str, int]:
-    sizes = {}
-    for name, allowed in choices.items():
-        size = cost.size_at(name, share) or 0
-        sizes[name] = max(size - size % allowed.step, allowed[0])
-    return sizes
+    return {name: size_of_share(cost, name, share, sizes) for name, sizes in choices.items()}

@@ -12,6 +12,7 @@ from compress_search.exceptions import RatioError
 from compress_search.methods import METHODS
 from compress_search.methods.method import Unit
 from compress_search.selection import SELECTORS
+from compress_search.selection.choices import in_words
 from compress_search.selection.uniform import Uniform, select_uniform
 
 
@@ -68,7 +69,7 @@ def test_a_ratio_of_one_changes_nothing():
 def test_a_ratio_that_cannot_be_reached_names_the_smallest_that_can():
     analysis = METHODS["channel_pruning"].analyse(_chain([4, 4]), torch.zeros(1, 3, 8, 8))
     smallest = analysis.predict_macs({unit.name: 1 for unit in analysis.units}) / analysis.profile.macs
-    with pytest.raises(RatioError, match=f"smallest reachable is {smallest:.4f}"):
+    with pytest.raises(RatioError, match=f"smallest reachable is {in_words(smallest)}"):
         select_uniform(analysis, 0.001)
 
 
