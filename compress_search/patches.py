@@ -88,17 +88,25 @@ def padded_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
     return functional.pad(inputs, amounts, mode=mode) if any(amounts) else inputs
 
 
-def set_weights_from_rows(layer: nn.Module, rows: Tensor, bias: Tensor | None) -> None:
-    """Write weights in the layout of :func:`input_patches` back into a layer, in place.
+def add_to_weights(layer: nn.Module, features: slice, change: Tensor) -> None:
+    """Add to the weights of some features, in the layout of :func:`input_patches`, in place.
 
     Args:
         layer: A convolution or a linear layer.
-        rows: ``(groups, features, channels / groups)``.
-        bias: ``(channels,)``; ignored where it is ``None`` or the layer has no bias.
+        features: Which features. The one after the last, in a layer with a bias, is the bias.
+        change: ``(groups, features, channels / groups)``, added in its own precision.
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
+    groups, _, width = change.shape
+    inputs = weight[0].numel()
     with torch.no_grad():
-        weight.copy_(rows.transpose(1, 2).reshape(weight.shape))
-        if bias is not None and isinstance(layer.bias, nn.Parameter):
-            layer.bias.copy_(bias)
+        if features.stop > inputs:
+            assert isinstance(layer.bias, nn.Parameter)
+            layer.bias.copy_(layer.bias.to(change.dtype) + change[:, -1].reshape(-1))
+            features, change = slice(features.start, inputs), change[:, :-1]
+        rows = weight.reshape(groups, width, inputs)
+        rows[:, :, features] = (rows[:, :, features].to(change.dtype) + change.mT).to(rows.dtype)
+        if rows.data_ptr() != weight.data_ptr():
+            # The weight is laid out otherwise in memory, so that the rows are a copy.
+            weight.copy_(rows.reshape(weight.shape))

@@ -8,27 +8,31 @@ by later ones instead of adding up (He et al. 2017, section 3.2; Zhang et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import WIDEST, check_finite, warn_of_few_rows
-from compress_search.linear_algebra import mean_energy, ridge_cholesky
-from compress_search.moments import Moments, MomentSums
-from compress_search.patches import set_weights_from_rows
+from compress_search.activations import activation_bytes, pieces_within_memory
+from compress_search.calibration import warn_of_few_rows
+from compress_search.least_squares import Regression, regression_of
+from compress_search.patches import add_to_weights
+from compress_search.pausing import PausablePass, passes_keep_apart, pausing_after, pausing_before
 from compress_search.profile import inference_mode_of
 
-_RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths of the pull towards the present weights that are tried, relative to the mean input energy."""
-
-_RIDGE_UNSEEN = 1e-2
-"""The ridge where there are too few batches to hold any out."""
+logger = logging.getLogger("compress_search")
 
 _HELD_OUT = 4
 """One batch in so many is held out to choose the ridge by."""
+
+_WAITING_BYTES = 2**29
+"""What the activations of all forward passes that wait for a refit may take together.
+
+Batches that do not fit start again from the input for the next refit: time in place of memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,41 @@ class Refit:
     calls: int = 1
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One call of a layer that is about to be refitted, on a part of a batch.
+
+    Attributes:
+        batch: Number of the batch.
+        share: Share of all examples that it has.
+        inputs: What the compressed model feeds the layer.
+        outputs: What the layer makes of it with its present weights.
+        wanted: What the original layer put out.
+    """
+
+    batch: int
+    share: float
+    inputs: Tensor
+    outputs: Tensor
+    wanted: Tensor
+
+
+class Road(Protocol):
+    """A way of coming by the inputs of one layer after the other."""
+
+    def visits(self, refit: Refit) -> Iterator[Visit]:
+        """Yield all calls of a layer, with the weights that the layers have now."""
+
+
 def refit_in_forward_order(
     model: nn.Module, original: nn.Module, refits: Sequence[Refit], batches: Sequence[Tensor]
 ) -> None:
     """Refit layers of ``model``, in place, one after the other in the order given.
+
+    Takes about the time of one forward pass of each model, beside the least squares. Each batch's passes wait
+    at the layer that is refitted, and go on with its new weights. Memory for waiting is bounded: batches that
+    do not fit run again from the input, as do all for a layer that is called more than once, and where a
+    model's ``forward`` does not stand several passes at a time.
 
     Args:
         model: The compressed model.
@@ -62,92 +97,178 @@ def refit_in_forward_order(
     Raises:
         ModelError: Inputs or outputs of a layer are not finite.
     """
-    if not batches:
+    if not batches or not refits:
         return
+    with inference_mode_of(model), inference_mode_of(original):
+        refit_on(_road(model, original, refits, batches), model, refits)
+
+
+def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
+    """Refit layers with the inputs that a road gives; see :func:`refit_in_forward_order`."""
     few = []
     for refit in refits:
         layer = model.get_submodule(refit.layer)
-        assert isinstance(layer.weight, nn.Parameter)
-        if layer.weight[0].numel() > WIDEST:
-            # Its Gram matrix would not fit into a bounded memory.
+        regression: Regression | None = None
+        for visit in road.visits(refit):
+            residual = _kept(layer, visit.wanted, refit.outputs).sub(visit.outputs)
+            if regression is None:
+                assert isinstance(layer.weight, nn.Parameter)
+                rows = round(refit.calls * residual.numel() / len(layer.weight) / visit.share)
+                regression = regression_of(layer, refit.layer, rows=rows)
+            regression.add(visit.inputs, residual, held_out=visit.batch % _HELD_OUT == _HELD_OUT - 1)
+        if regression is None:
             continue
-        fitted, held_out = _moments(model, original, refit, batches)
-        if fitted.rows < fitted.gram.shape[1]:
+        if regression.is_underdetermined:
             few.append(refit.layer)
-        correction = ridge_correction(fitted, held_out)
-        _add_to_weights(model.get_submodule(refit.layer), correction)
+        for features, change in regression.changes():
+            add_to_weights(layer, features, change)
+        # It may hold the weights as they were.
+        torch.clear_autocast_cache()
     warn_of_few_rows(few)
 
 
-def ridge_correction(fitted: Moments, held_out: Moments | None) -> Tensor:
-    """Solve for the change of weights and bias that best explains the residuals.
+def _road(model: nn.Module, original: nn.Module, refits: Sequence[Refit], batches: Sequence[Tensor]) -> Road:
+    device = next(model.parameters()).device
+    example = batches[0][:1].to(device)
+    sides = [
+        (model, list(dict.fromkeys(refit.layer for refit in refits))),
+        (original, list(dict.fromkeys(refit.source for refit in refits))),
+    ]
+    given, wanted = (activation_bytes(net, names, example) for net, names in sides)
+    pieces = pieces_within_memory(batches, max(given.peak, wanted.peak))
+    again = RunAgain(model, original, pieces)
+    examples = [example, pieces[-1][-1][-1:].to(device)]
+    for net, names in sides:
+        if not passes_keep_apart(net, [net.get_submodule(name) for name in names], examples):
+            logger.info("Passes cannot wait for each other: every refit runs the models from their input.")
+            return again
+    return WaitAndGoOn(again, given.before, wanted.after)
 
-    Minimises ``|X D - R|^2 + ridge |D|^2``. Since the residuals are those of the present weights, the ridge
-    pulls towards the present weights, and a rank-deficient Gram matrix stays harmless. The ridge is the one
-    whose solution on ``fitted`` is best on ``held_out``; the answer is then solved on both together.
+
+class RunAgain:
+    """Runs both models from the input for every layer.
 
     Args:
-        fitted: Moments to solve with.
-        held_out: Moments of other samples, or ``None`` to use a ridge of 1e-2.
-
-    Returns:
-        ``(groups, regressors, channels / groups)``; with a bias, the last row is its change.
+        model: The compressed model.
+        original: The model before compression.
+        pieces: The parts of each batch.
     """
-    if held_out is None:
-        return _solve(fitted, _RIDGE_UNSEEN)
-    # No change at all is a candidate too: where nothing helps on held-out samples, nothing is changed.
-    best_ridge, best_change = None, 0.0
-    for ridge in _RIDGES:
-        change = held_out.change_of_error(_solve(fitted, ridge))
-        if change < best_change:
-            best_ridge, best_change = ridge, change
-    if best_ridge is None:
-        return torch.zeros_like(fitted.cross)
-    return _solve(fitted + held_out, best_ridge)
+
+    def __init__(self, model: nn.Module, original: nn.Module, pieces: Sequence[Sequence[Tensor]]) -> None:
+        self.model = model
+        self.original = original
+        self.pieces = pieces
+        self.device = next(model.parameters()).device
+        self._examples = sum(len(piece) for batch in pieces for piece in batch)
+
+    def share(self, piece: Tensor) -> float:
+        """Share of all examples that a piece has."""
+        return len(piece) / self._examples
+
+    def visits(self, refit: Refit) -> Iterator[Visit]:
+        """See :meth:`Road.visits`."""
+        layer, source = self.model.get_submodule(refit.layer), self.original.get_submodule(refit.source)
+        for number, batch in enumerate(self.pieces):
+            for piece in batch:
+                inputs = piece.to(self.device)
+                wanted = _calls(self.original, source, inputs, refit.calls)
+                given = _calls(self.model, layer, inputs, refit.calls)
+                for (_, target), (seen, output) in zip(wanted, given, strict=True):
+                    yield Visit(number, self.share(piece), seen, output, target)
 
 
-def _solve(moments: Moments, ridge: float) -> Tensor:
-    gram = moments.gram
-    if moments.has_bias:
-        # The bias is hardly pulled; only kept solvable where some feature is constant.
-        pull = torch.cat([ridge * mean_energy(gram[:, :-1, :-1]), 1e-6 * gram[:, -1:, -1]], dim=1)
-    else:
-        pull = ridge * mean_energy(gram)
-    return torch.cholesky_solve(moments.cross, ridge_cholesky(gram, pull))
+@dataclass
+class _Waiting:
+    """Where one piece of a batch is in one model.
+
+    Attributes:
+        model: The model.
+        number: Number of the batch.
+        piece: The piece.
+        running: Its pass; ``None`` where it has to start from the input.
+        bytes: What its activations take while it waits.
+    """
+
+    model: nn.Module
+    number: int
+    piece: Tensor
+    running: PausablePass | None = None
+    bytes: int = 0
 
 
-def _moments(
-    model: nn.Module, original: nn.Module, refit: Refit, batches: Sequence[Tensor]
-) -> tuple[Moments, Moments | None]:
-    """Accumulate the regression of one layer, in two parts: to fit, and held out."""
-    layer, source = model.get_submodule(refit.layer), original.get_submodule(refit.source)
-    device = next(model.parameters()).device
-    outputs = None if refit.outputs is None else torch.as_tensor(refit.outputs, device=device)
-    parts: list[Moments | None] = [None, None]
-    with inference_mode_of(model), inference_mode_of(original):
-        for number, batch in enumerate(batches):
-            pieces = batch.to(device)
-            wanted = _calls(original, source, pieces, refit.calls)
-            given = _calls(model, layer, pieces, refit.calls)
-            part = int(number % _HELD_OUT == _HELD_OUT - 1)
-            for (_, target), (inputs, output) in zip(wanted, given, strict=True):
-                kept = (
-                    target if outputs is None else target.index_select(_channel_axis(layer, target), outputs)
-                )
-                moments = _batch_moments(layer, inputs, kept - output)
-                check_finite(moments.gram, layer=refit.layer)
-                check_finite(moments.cross, layer=refit.layer)
-                sofar = parts[part]
-                parts[part] = moments if sofar is None else sofar + moments
-    fitted, held_out = parts
-    assert fitted is not None
-    return fitted, held_out
+class WaitAndGoOn:
+    """Lets all passes wait at one layer after the other, as far as memory allows.
 
+    Args:
+        again: The road to take where this one cannot be taken.
+        before: Bytes that one example's activations take when a layer of the compressed model begins.
+        after: Bytes that they take when a layer of the original has ended.
+    """
 
-def _batch_moments(layer: nn.Module, inputs: Tensor, residual: Tensor) -> Moments:
-    sums = MomentSums(layer, has_bias=layer.bias is not None)
-    sums.add(inputs, residual)
-    return sums.moments()
+    def __init__(self, again: RunAgain, before: dict[str, int], after: dict[str, int]) -> None:
+        self._again = again
+        self._before = before
+        self._after = after
+        self._sides = [
+            [_Waiting(net, number, piece) for number, batch in enumerate(again.pieces) for piece in batch]
+            for net in (again.original, again.model)
+        ]
+
+    def visits(self, refit: Refit) -> Iterator[Visit]:
+        """See :meth:`Road.visits`."""
+        if refit.calls > 1:
+            # Some of its calls would lie behind a pass that waits, made with the weights it had before.
+            self._drop_all()
+            yield from self._again.visits(refit)
+            return
+        model, original = self._again.model, self._again.original
+        layer = model.get_submodule(refit.layer)
+        finished = False
+        try:
+            with pausing_before(layer), pausing_after(original.get_submodule(refit.source)):
+                for theirs, ours in zip(*self._sides, strict=True):
+                    wanted = self._go_on(theirs)
+                    inputs = self._go_on(ours)
+                    if wanted is not None and inputs is not None:
+                        share = self._again.share(ours.piece)
+                        yield Visit(ours.number, share, inputs, layer(inputs), wanted)
+                    # Nothing here may outlive the pass that it belongs to.
+                    del wanted, inputs
+                    self._wait(theirs, self._after.get(refit.source))
+                    self._wait(ours, self._before.get(refit.layer))
+            finished = True
+        finally:
+            if not finished:
+                self._drop_all()
+
+    def _go_on(self, waiting: _Waiting) -> Tensor | None:
+        """Run as far as the layer, from where the pass waits or else from the input."""
+        value = None if waiting.running is None else waiting.running.resume()
+        if value is None:
+            # It may have passed the layer already, where layers do not run in the order of the refits.
+            waiting.running = PausablePass(waiting.model, waiting.piece.to(self._again.device))
+            value = waiting.running.resume()
+        return value
+
+    def _wait(self, waiting: _Waiting, per_example: int | None) -> None:
+        """Keep the pass if its activations fit into what is left of the memory."""
+        waiting.bytes = 0
+        held = sum(one.bytes for side in self._sides for one in side)
+        size = None if per_example is None else per_example * len(waiting.piece)
+        if size is None or held + size > _WAITING_BYTES:
+            self._drop(waiting)
+        else:
+            waiting.bytes = size
+
+    def _drop_all(self) -> None:
+        for side in self._sides:
+            for waiting in side:
+                self._drop(waiting)
+
+    def _drop(self, waiting: _Waiting) -> None:
+        if waiting.running is not None:
+            waiting.running.drop()
+        waiting.running, waiting.bytes = None, 0
 
 
 class _Reached(Exception):
@@ -159,10 +280,11 @@ def _calls(model: nn.Module, layer: nn.Module, batch: Tensor, calls: int) -> lis
     seen: list[tuple[Tensor, Tensor]] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        # A following in-place activation would overwrite the output.
-        seen.append((inputs[0], output.clone()))
-        if len(seen) == calls:
+        if len(seen) + 1 == calls:
+            seen.append((inputs[0], output))
             raise _Reached
+        # What follows may overwrite them in place.
+        seen.append((inputs[0].clone(), output.clone()))
 
     hook = layer.register_forward_hook(record)
     try:
@@ -174,18 +296,9 @@ def _calls(model: nn.Module, layer: nn.Module, batch: Tensor, calls: int) -> lis
     return seen
 
 
-def _channel_axis(layer: nn.Module, output: Tensor) -> int:
-    return output.ndim - 1 if isinstance(layer, nn.Linear) else 1
-
-
-def _add_to_weights(layer: nn.Module, correction: Tensor) -> None:
-    """Add ``(groups, regressors, channels / groups)`` to a layer's weights and bias, in place."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, nn.Parameter)
-    groups, _, width = correction.shape
-    present = weight.detach().double().reshape(groups, width, -1).transpose(1, 2)
-    features = present.shape[1]
-    changed = None
-    if isinstance(bias, nn.Parameter):
-        changed = bias.detach().double() + correction[:, features].reshape(-1)
-    set_weights_from_rows(layer, present + correction[:, :features], changed)
+def _kept(layer: nn.Module, outputs: Tensor, kept: tuple[int, ...] | None) -> Tensor:
+    """The output channels that the compressed layer still has."""
+    if kept is None:
+        return outputs
+    axis = outputs.ndim - 1 if isinstance(layer, nn.Linear) else 1
+    return outputs.index_select(axis, torch.as_tensor(kept, device=outputs.device))

@@ -12,7 +12,7 @@ from torch.nn import functional
 from compress_search.calibration import divergence, gram_matrices, reestimated_batchnorm, with_best_batchnorm
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
-from compress_search.patches import input_patches, output_rows, set_weights_from_rows
+from compress_search.patches import add_to_weights, input_patches, output_rows
 
 
 @st.composite
@@ -102,12 +102,16 @@ def test_linear_rows_on_a_sequence():
     torch.testing.assert_close(rows, output_rows(layer, layer(inputs).detach()))
 
 
-def test_weights_written_from_rows_are_read_back():
-    layer = nn.Conv2d(4, 6, 3, groups=2)
-    rows, bias = torch.randn(2, 18, 3), torch.randn(6)
-    set_weights_from_rows(layer, rows, bias)
-    assert torch.equal(layer.weight.detach().reshape(2, 3, 18).transpose(1, 2), rows)
-    assert torch.equal(layer.bias.detach(), bias)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_weights_are_changed_in_the_layout_of_the_rows(memory_format):
+    layer = nn.Conv2d(4, 6, 3, groups=2).to(memory_format=memory_format)
+    before, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    change = torch.randn(2, 19, 3)
+    add_to_weights(layer, slice(0, 7), change[:, :7])
+    add_to_weights(layer, slice(7, 19), change[:, 7:])
+    added = (layer.weight.detach() - before).reshape(2, 3, 18).transpose(1, 2)
+    torch.testing.assert_close(added, change[:, :18])
+    torch.testing.assert_close(layer.bias.detach() - bias, change[:, 18].reshape(-1))
 
 
 def test_patches_of_an_unknown_layer_are_refused():
