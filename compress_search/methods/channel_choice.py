@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ def choose_blocks(
     groups: Sequence[CoupledGroup],
     sizes: Mapping[str, int],
     batches: Sequence[Tensor],
+    *,
+    protected: Mapping[str, Collection[int]],
 ) -> dict[str, tuple[int, ...]]:
     """Choose the blocks of each group that stay.
 
@@ -32,26 +34,30 @@ def choose_blocks(
         groups: The groups to prune.
         sizes: How many blocks each keeps, by name.
         batches: Calibration inputs, each ``(batch, ...)``; empty for the data-free choice.
+        protected: Indices of the blocks that stay in any case, at most as many as the size, by group name.
 
     Returns:
         Indices of the blocks that stay, in ascending order, by group name.
     """
-    moments = _input_moments(model, groups, batches)
+    moments = input_moments(model, groups, batches)
     kept = {}
     for group in groups:
         consumers = [
             consumer
             for member in group.consumers
             if member.layer in moments
-            for consumer in _consumers(model.get_submodule(member.layer), member, moments[member.layer])
+            for consumer in consumers_of(model.get_submodule(member.layer), member, moments[member.layer])
         ]
-        size = sizes[group.name]
-        chosen = remove_blocks(consumers, keep=size).kept if consumers else _largest(model, group, size)
-        kept[group.name] = chosen
+        size, stay = sizes[group.name], protected[group.name]
+        kept[group.name] = (
+            remove_blocks(consumers, keep=size, protected=stay).kept
+            if consumers
+            else largest_blocks(model, group, size, stay)
+        )
     return kept
 
 
-def _input_moments(
+def input_moments(
     model: nn.Module, groups: Sequence[CoupledGroup], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Second moments of every consumer's input patches, ``(chunks, features + 1, features + 1)``."""
@@ -63,7 +69,7 @@ def _input_moments(
     return gram_matrices(model, views, batches) if batches and views else {}
 
 
-def _consumers(layer: nn.Module, member: Member, moments: Tensor) -> list[Consumer]:
+def consumers_of(layer: nn.Module, member: Member, moments: Tensor) -> list[Consumer]:
     """One consumer for each group of a layer: each sees its own part of every block."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
@@ -85,8 +91,13 @@ def _consumers(layer: nn.Module, member: Member, moments: Tensor) -> list[Consum
     return found
 
 
-def _largest(model: nn.Module, group: CoupledGroup, size: int) -> tuple[int, ...]:
-    """Blocks of the largest weights (Li et al. 2017, *Pruning filters*), shares of all members summed."""
+def largest_blocks(
+    model: nn.Module, group: CoupledGroup, size: int, protected: Collection[int]
+) -> tuple[int, ...]:
+    """The protected blocks, then those of the largest weights.
+
+    Li et al. 2017, *Pruning filters for efficient ConvNets*; here the shares of all members are summed.
+    """
     scores = torch.zeros(group.size, dtype=torch.float64)
     for member in group.members:
         layer = model.get_submodule(member.layer)
@@ -99,4 +110,5 @@ def _largest(model: nn.Module, group: CoupledGroup, size: int) -> tuple[int, ...
         # A grouped layer's weight holds the input channels of one group only.
         blocks = torch.as_tensor(member.blocks) % len(energy)
         scores += energy[blocks].sum(dim=1) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    scores[list(protected)] = torch.inf
     return tuple(sorted(scores.topk(size).indices.tolist()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,11 +18,18 @@ from torch import Tensor, nn
 
 from compress_search.calibration import check_weights
 from compress_search.exceptions import ModelError
-from compress_search.methods.channel_choice import choose_blocks
+from compress_search.methods.channel_choice import choose_blocks, input_moments
+from compress_search.methods.channel_imitation import imitate_group
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, ties_of
 from compress_search.methods.coupling import CoupledGroup, Coupling, find_coupling, keep_blocks
 from compress_search.methods.ignored_layers import layers_matching
-from compress_search.methods.method import Compressed, Sizes, Unit
+from compress_search.methods.kept_channels import (
+    NO_CHANNELS,
+    KeptChannels,
+    channels_to_keep,
+    protected_blocks,
+)
+from compress_search.methods.method import Compressed, Imitation, Sizes, Unit
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import ModelProfile, profile_model
@@ -38,24 +45,40 @@ class ChannelPruning:
     ratio_name: str = "c_cp"
 
     def analyse(
-        self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        ignore: Collection[str] = (),
+        keep_channels: KeptChannels = NO_CHANNELS,
     ) -> ChannelPruningAnalysis:
         """Find the groups of coupled channels that can be pruned."""
         check_weights(model)
         profile = profile_model(model, example_input)
         ignored = layers_matching(ignore, profile)
+        kept = channels_to_keep(keep_channels, model)
         coupling = find_coupling(model, example_input, ignore=ignored)
-        return ChannelPruningAnalysis(model, profile, coupling, ignored)
+        protected = {group.name: protected_blocks(group, kept) for group in coupling.groups}
+        return ChannelPruningAnalysis(model, profile, coupling, ignored, protected)
 
 
 @dataclass(frozen=True)
 class ChannelPruningAnalysis:
-    """Channel pruning's view of one model; see :class:`compress_search.methods.method.Analysis`."""
+    """Channel pruning's view of one model; see :class:`compress_search.methods.method.Analysis`.
+
+    Attributes:
+        model: The model.
+        profile: Its cost.
+        coupling: What of it can be pruned.
+        ignore: Names of layers to leave alone.
+        protected: Indices of the blocks that must stay, by group name.
+    """
 
     model: nn.Module
     profile: ModelProfile
     coupling: Coupling
     ignore: frozenset[str]
+    protected: Mapping[str, Collection[int]]
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -67,6 +90,7 @@ class ChannelPruningAnalysis:
                 group.size,
                 layers=tuple(m.layer for m in group.members if m.layer in counted),
                 widths=tuple(m.width for m in group.members),
+                least=max(1, len(self.protected[group.name])),
             )
             for group in self.coupling.groups
         )
@@ -77,8 +101,8 @@ class ChannelPruningAnalysis:
         return self.coupling.reasons
 
     def size_at(self, unit: Unit, share: float) -> int | None:
-        """The largest number of blocks that is at most ``share`` of all, at least 1."""
-        return max(1, int(share * unit.full_size))
+        """The largest number of blocks that is at most ``share`` of all, at least the allowed least."""
+        return max(unit.least, int(share * unit.full_size))
 
     def cost(self, kind: str) -> Cost:
         """MACs or parameters: each layer's scale with the input and output channels it keeps."""
@@ -92,15 +116,25 @@ class ChannelPruningAnalysis:
         """Parameters of the pruned model."""
         return self._params.of(sizes)
 
+    def imitations(
+        self, sizes: Mapping[str, Sequence[int]], batches: Sequence[Tensor]
+    ) -> Iterator[Imitation]:
+        """Imitate each group by its consumers: deaf to the removed channels, and re-solved for the rest."""
+        groups = {group.name: group for group in self.coupling.groups}
+        moments = input_moments(self.model, [groups[name] for name in sizes], batches)
+        for name, blocks in sizes.items():
+            yield imitate_group(self.model, groups[name], blocks, moments, protected=self.protected[name])
+
     def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
         """Prune the groups named in ``sizes`` to that many blocks, and refit their consumers."""
-        groups = {group.name: group for group in self.coupling.groups}
+        units = {unit.name: unit for unit in self.units}
         for name, size in sizes.items():
-            if name not in groups or not 1 <= size <= groups[name].size:
-                limit = f"[1, {groups[name].size}]" if name in groups else "a group of this model"
-                raise ModelError(f"Group {name!r} cannot be pruned to {size} blocks; allowed: {limit}.")
+            if name not in units or not units[name].least <= size <= units[name].full_size:
+                raise ModelError(
+                    f"Group {name!r} cannot be pruned to {size} blocks; allowed: {_allowed(units.get(name))}."
+                )
         pruned = [group for group in self.coupling.groups if sizes.get(group.name, group.size) < group.size]
-        kept = choose_blocks(self.model, pruned, sizes, batches)
+        kept = choose_blocks(self.model, pruned, sizes, batches, protected=self.protected)
         edits = keep_blocks(self.model, pruned, kept)
         step = PlanStep(
             method="channel_pruning",
@@ -180,3 +214,11 @@ class ChannelPruningAnalysis:
             if has_patches(self.model, layer.name)
             and (layer.name in consumers or layer.name not in self.ignore)
         ]
+
+
+def _allowed(unit: Unit | None) -> str:
+    """Which sizes a unit may have, in words."""
+    if unit is None:
+        return "a group of this model"
+    why = "" if unit.least == 1 else f" ({unit.least} hold channels that you asked to keep)"
+    return f"[{unit.least}, {unit.full_size}]{why}"

@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from compress_search.methods.cost import Cost
+from compress_search.methods.kept_channels import NO_CHANNELS, KeptChannels
 from compress_search.plan import PlanStep
 from compress_search.profile import ModelProfile
 
@@ -34,12 +35,15 @@ class Unit:
         full_size: The size (rank, channels) at which nothing is lost.
         layers: Names of the layers whose MACs depend on the size.
         widths: How many channels one step of the size is worth, in each place where it counts.
+        least: The smallest allowed size. Channel pruning raises it to the number of blocks that hold
+            channels to be kept.
     """
 
     name: str
     full_size: int
     layers: tuple[str, ...]
     widths: tuple[int, ...] = (1,)
+    least: int = 1
 
     def step(self, round_to: int) -> int:
         """The smallest step of the size that keeps all channel counts multiples of ``round_to``."""
@@ -112,8 +116,8 @@ class Analysis(Protocol):
             share: In (0, 1].
 
         Returns:
-            The largest size that keeps at most that share, at least 1; ``None`` where the unit is
-            cheaper untouched.
+            The largest size that keeps at most that share, at least ``unit.least``; ``None`` where the unit
+            is cheaper untouched.
         """
 
     def cost(self, kind: str) -> Cost:
@@ -165,15 +169,24 @@ class Method(Protocol):
     def ratio_name(self) -> str:
         """What its ratio is called as a search variable, for example ``"c_ssvd"``."""
 
-    def analyse(self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()) -> Analysis:
+    def analyse(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        ignore: Collection[str] = (),
+        keep_channels: KeptChannels = NO_CHANNELS,
+    ) -> Analysis:
         """Find what can be compressed.
 
         Args:
             model: The model. It is not changed.
             example_input: ``(batch, ...)``.
             ignore: Names of layers to leave alone, or patterns such as ``"head.*"``.
+            keep_channels: Indices of output channels that must stay, by the name of the layer that makes
+                them. A factorising method keeps all of them anyway.
 
         Raises:
-            ModelError: A name matches no layer; or the model does not run, cannot be traced, lies on several
-                devices, or has weights that are not finite.
+            ModelError: A name matches no layer, or an index no channel; or the model does not run, cannot be
+                traced, lies on several devices, or has weights that are not finite.
         """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
 from compress_search.methods.ignored_layers import layers_matching
+from compress_search.methods.kept_channels import NO_CHANNELS, KeptChannels, channels_to_keep
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.weight_svd import split_channels
 from compress_search.profile import profile_model
@@ -31,10 +32,16 @@ class SpatialSVD:
     ratio_name: str = "c_ssvd"
 
     def analyse(
-        self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        ignore: Collection[str] = (),
+        keep_channels: KeptChannels = NO_CHANNELS,
     ) -> FactorisationAnalysis:
         """Find the convolutions that spatial SVD can make cheaper."""
         check_weights(model)
+        channels_to_keep(keep_channels, model)
         profile = profile_model(model, example_input)
         return FactorisationAnalysis(self.name, model, profile, layers_matching(ignore, profile), split_axes)
 

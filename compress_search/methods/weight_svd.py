@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
 from compress_search.methods.ignored_layers import layers_matching
+from compress_search.methods.kept_channels import NO_CHANNELS, KeptChannels, channels_to_keep
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.profile import COUNTED_LAYERS, profile_model
 
@@ -29,10 +30,16 @@ class WeightSVD:
     ratio_name: str = "c_wsvd"
 
     def analyse(
-        self, model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        ignore: Collection[str] = (),
+        keep_channels: KeptChannels = NO_CHANNELS,
     ) -> FactorisationAnalysis:
         """Find the layers that weight SVD can make cheaper."""
         check_weights(model)
+        channels_to_keep(keep_channels, model)
         profile = profile_model(model, example_input)
         return FactorisationAnalysis(
             self.name, model, profile, layers_matching(ignore, profile), split_channels
