@@ -142,12 +142,21 @@ def test_work_is_counted_in_passes_of_one_image(networks, layers, peer):
     assert work.macs == 5 * layers.count_macs(network, SHAPE)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_counting_leaves_no_mark_in_a_traced_graph(peer):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 2)).eval()
+    bare = torch.jit.trace(network, torch.zeros(1, 3, 2, 2)).inlined_graph
+    with peer.Work().counted():
+        counted = torch.jit.trace(network, torch.zeros(1, 3, 2, 2)).inlined_graph
+    assert [node.kind() for node in counted.nodes()] == [node.kind() for node in bare.nodes()]
+
+
 def test_requests_and_results_survive_json(cases):
     steps = (cases.Step("spatial_svd", 0.75), cases.Step("channel_pruning", 0.66))
     case = cases.Case("a", "aimet", "resnet20", steps, {"reconstruction_samples": 500}, rival="b", seed=3)
     request = cases.Request(case, "0" * 64, 2, 1_000)
     assert cases.Request.from_json(request.to_json()) == request
-    effort = cases.Effort(1.5, None, 7, 20.25, 0.5, "1.0")
+    effort = cases.Effort(1.5, 1.25, None, 7, 20.25, 0.5, "1.0")
     for result in (
         cases.Result("a", 0.5, 1_000, 0.6, 2_000, effort),
         cases.Result("a", None, None, 0.6, 2_000, None, "it broke"),
@@ -160,7 +169,7 @@ def test_requests_and_results_survive_json(cases):
 
 
 def fake_result(cases, name, *, macs=500, accuracy=0.5, seconds=10.0, error=None):
-    effort = cases.Effort(seconds, None, None, 10 * seconds, 1.0, "fake 1")
+    effort = cases.Effort(seconds, seconds, None, None, 10 * seconds, 1.0, "fake 1")
     if error is not None:
         return cases.Result(name, None, None, 0.6, 1_000, None, error)
     return cases.Result(name, accuracy, macs, 0.6, 1_000, effort)
@@ -252,13 +261,13 @@ def real_laboratory(running, tmp_path, monkeypatch):
     cifar10 = importlib.import_module("cifar10")
     torch.manual_seed(0)
     images = cifar10.Images(
-        torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8), torch.arange(600).to(torch.uint8) % 10
+        torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8), torch.arange(100).to(torch.uint8) % 10
     )
     weights = tmp_path / "weights.safetensors"
     save_file(resnet20().state_dict(), weights)
     monkeypatch.setattr(running.Laboratory, "weights", lambda *_: weights)
-    monkeypatch.setattr(running, "CALIBRATION_IMAGES", 64)
-    monkeypatch.setattr(running, "EVALUATION_IMAGES", 50)
+    monkeypatch.setattr(running, "CALIBRATION_IMAGES", 32)
+    monkeypatch.setattr(running, "EVALUATION_IMAGES", 20)
     laboratory = running.Laboratory(tmp_path, 1)
     monkeypatch.setitem(laboratory.__dict__, "_data", (images, images))
     return laboratory
@@ -266,14 +275,14 @@ def real_laboratory(running, tmp_path, monkeypatch):
 
 def test_our_own_case_from_request_to_result(cases, real_laboratory):
     steps = (cases.Step("spatial_svd", 0.8), cases.Step("channel_pruning", 0.8))
-    settings = {"selection": "uniform", "samples": 64}
+    settings = {"selection": "uniform", "samples": 32}
     case = cases.Case("ours", cases.COMPRESS_SEARCH, "resnet20", steps, settings)
     request = real_laboratory.request(case, [])
     result = real_laboratory.run(request)
     assert result.error is None
     assert 0.62 < result.mac_ratio <= 0.64
     assert result.effort.seconds > 0
-    assert result.effort.image_forwards > 64
+    assert result.effort.image_forwards > 32
     assert result.effort.version.startswith("compress-search ")
     assert real_laboratory.stored(case, []) == result
     beside = dataclasses.replace(case, name="beside", rival="ours", steps=steps[:1])
@@ -292,13 +301,13 @@ def test_fault_of_a_tool_is_its_result(cases, real_laboratory):
 def test_torch_pruning_meets_the_budget(cases, networks, layers, peer, importance):
     tool = importlib.import_module("benchmarks.torch_pruning_peer")
     network = friendly(networks, resnet20().state_dict())
-    budget = layers.count_macs(network, SHAPE) // 2
+    budget = layers.count_macs(network, SHAPE) * 9 // 10
     settings = {"importance": importance, "batchnorm": True}
     case = cases.Case("tp", cases.TORCH_PRUNING, "resnet20", (cases.Step("channel_pruning", 0.5),), settings)
     images = peer.Images(torch.randn(32, 3, 32, 32), torch.randn(20, 3, 32, 32), torch.arange(20) % 10)
     done = tool.compress(cases.Request(case, "", 1, budget), network, images)
     macs = layers.count_macs(done.network, SHAPE)
-    assert 0.9 * budget < macs <= budget
+    assert 0.97 * budget < macs <= budget
     assert not any(module.training for module in done.network.modules() if isinstance(module, nn.BatchNorm2d))
 
 

@@ -111,12 +111,12 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
             input_shape=INPUT_SHAPE,
             compress_scheme=CompressionScheme[step.method],
             cost_metric=CostMetric.mac,
-            parameters=parameters(step, request, images),
+            parameters=parameters(step, request, network, images),
         )
     return Compression(network, stopwatch.seconds, accuracy.calls)
 
 
-def parameters(step: Step, request: Request, images: Images) -> Any:
+def parameters(step: Step, request: Request, network: nn.Module, images: Images) -> Any:
     """AIMET's parameters of one step."""
     from aimet_torch.common.defs import GreedySelectionParameters
     from aimet_torch.defs import ChannelPruningParameters, SpatialSvdParameters
@@ -130,13 +130,15 @@ def parameters(step: Step, request: Request, images: Images) -> Any:
         kind = SpatialSvdParameters
         return kind(kind.Mode.auto, kind.AutoModeParams(greedy))
     kind = ChannelPruningParameters
+    # AIMET refuses to prune the channels of the images themselves.
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     labels = torch.zeros(len(images.calibration))  # AIMET wants pairs, and never looks at the second.
     return kind(
         data_loader=DataLoader(TensorDataset(images.calibration, labels), batch_size=BATCH),
         num_reconstruction_samples=request.case.settings["reconstruction_samples"],
         allow_custom_downsample_ops=False,
         mode=kind.Mode.auto,
-        params=kind.AutoModeParams(greedy),
+        params=kind.AutoModeParams(greedy, modules_to_ignore=[first]),
     )
 
 

@@ -84,6 +84,7 @@ class Effort:
 
     Attributes:
         seconds: Wall time from the loaded network to the compressed one.
+        cpu_seconds: Processor time of the same; it hardly minds what else the machine does.
         selection_seconds: The part of it in which the sizes were chosen; ``None`` where it is not known.
         evaluations: How often a candidate was scored; ``None`` where it is not known.
         image_forwards: MACs that convolutions and linear layers did in this time, in passes of one image
@@ -93,6 +94,7 @@ class Effort:
     """
 
     seconds: float
+    cpu_seconds: float
     selection_seconds: float | None
     evaluations: int | None
     image_forwards: float

@@ -79,7 +79,8 @@ class Work:
             handle.remove()
 
     def _count(self, module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        # AIMET traces its models; what a hook asks of a tensor then would become part of the graph.
+        if isinstance(module, nn.Conv2d | nn.Linear) and not torch.jit.is_tracing():
             # As many multiplications for each number put out as one filter has weights.
             self.macs += output.numel() * (module.weight.numel() // module.weight.shape[0])
 
@@ -101,12 +102,13 @@ def run(compress: Compress, build: Callable[[str], nn.Module], version: str) -> 
     network.eval()
     original = count_macs(network, INPUT_SHAPE)
     given = Images(**load_file(images))
-    work, start = Work(), time.perf_counter()
+    work, start, cpu_start = Work(), time.perf_counter(), time.process_time()
     with work.counted():
         done = compress(request, network, given)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     effort = Effort(
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         selection_seconds=done.selection_seconds,
         evaluations=done.evaluations,
         image_forwards=work.macs / original,

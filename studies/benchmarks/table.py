@@ -21,6 +21,7 @@ COLUMNS = (
     "asked",
     "seconds",
     "of them selection",
+    "CPU seconds",
     "evaluations",
     "image forwards",
     "GB",
@@ -118,10 +119,9 @@ def _texts(case: Case, result: Result) -> list[str]:
         f"{result.mac_ratio:.4f}",
         "" if case.rival else f"{asked_ratio(case):.4f}",
         f"{effort.seconds:.1f}",
-        *(
-            "" if value is None else f"{value:.0f}"
-            for value in (effort.selection_seconds, effort.evaluations)
-        ),
+        "" if effort.selection_seconds is None else f"{effort.selection_seconds:.1f}",
+        f"{effort.cpu_seconds:.1f}",
+        "" if effort.evaluations is None else str(effort.evaluations),
         f"{effort.image_forwards:,.0f}",
         f"{effort.peak_gigabytes:.1f}",
     ]
