@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.divergence import Divergence, divergence_of
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
@@ -54,9 +55,12 @@ def gram_matrices(
     wide = [name for name, elements in sizes.items() if elements > WIDEST**2]
     if wide:
         logger.warning("Too wide for a Gram matrix, so treated without data: %s.", ", ".join(wide))
+    example = batches[0][:1].to(next(model.parameters()).device)
+    peak = activation_bytes(model, [], example).peak
+    pieces = [piece for batch in pieces_within_memory(batches, peak) for piece in batch]
     grams: dict[str, Tensor] = {}
     for names in _passes({name: elements for name, elements in sizes.items() if name not in wide}):
-        grams |= _gram_matrices(model, {name: layers[name] for name in names}, batches)
+        grams |= _gram_matrices(model, {name: layers[name] for name in names}, pieces)
     return grams
 
 
@@ -109,13 +113,18 @@ def warn_of_few_rows(layers: Sequence[str]) -> None:
         )
 
 
+def _is_finite(values: Tensor) -> bool:
+    # Unlike torch.isfinite, this needs no copy of what can be the largest thing in memory.
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
+
+
 def check_finite(matrix: Tensor, *, layer: str) -> Tensor:
     """Return ``matrix`` if it is finite.
 
     Raises:
         ModelError: It is not; the layer is named.
     """
-    if not torch.isfinite(matrix).all():
+    if not _is_finite(matrix):
         raise ModelError(
             f"The inputs or outputs of layer {layer!r} are not finite (NaN or infinity) on the calibration "
             "data. Check the model's weights and the calibration inputs."
@@ -135,7 +144,7 @@ def check_weights(model: nn.Module) -> None:
             f"The model lies on several devices ({', '.join(devices)}). Put it on one: model.to(device)."
         )
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             raise ModelError(
                 f"The weights {name!r} are not finite: they hold NaN or infinity. Train the model again, or "
                 "load other weights."
