@@ -113,7 +113,7 @@ class StudyConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as the YAML file has it, with every default written out."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        search = dataclasses.asdict(values.pop("search"))
+        search = values.pop("search").to_dict()
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in {

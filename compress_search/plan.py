@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,36 @@ class CompressionPlan:
     def then(self, step: PlanStep) -> CompressionPlan:
         """Return this plan with one more step at its end."""
         return CompressionPlan((*self.steps, step))
+
+    def outputs_after(self, layer: str, channels: Iterable[int]) -> tuple[str, tuple[int, ...]]:
+        """Say where output channels of a layer of the original model are found after this plan.
+
+        Args:
+            layer: Name of the layer in the original model.
+            channels: Indices of some of its output channels there.
+
+        Returns:
+            The name of the module that makes them now, which of a factorised layer is the last part; and
+            their indices there.
+
+        Raises:
+            PlanError: The plan removed some of them.
+        """
+        name, places = layer, {channel: channel for channel in channels}
+        for edit in (edit for step in self.steps for edit in step.edits):
+            if edit.layer != name:
+                continue
+            if isinstance(edit, FactoriseLayer):
+                name = f"{name}.{edit.parts[-1].name}"
+            elif edit.outputs is not None:
+                gone = [str(channel) for channel, place in places.items() if place not in edit.outputs]
+                if gone:
+                    raise PlanError(
+                        f"Channel {', '.join(gone)} of {layer!r} is to be kept, but an earlier step of the "
+                        "plan has removed it. Give keep_channels to that step too."
+                    )
+                places = {channel: edit.outputs.index(place) for channel, place in places.items()}
+        return name, tuple(places.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able values."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from compress_search.exceptions import ConfigError, RatioError
@@ -19,21 +19,41 @@ class Compress:
         method: Name of a method, a key of :data:`compress_search.methods.METHODS`.
         mac_ratio: MACs to keep / MACs of the model that this stage gets, in (0, 1].
         selection: How each layer's size is chosen, a key of :data:`compress_search.selection.SELECTORS`.
+        cost: What the ratio counts, ``"macs"`` or ``"params"``.
+        least_share: Every layer keeps at least this share of what it costs.
+        shares: For the ``manual`` selection: the share that a layer keeps, by its name or by a pattern such
+            as ``"layer3.*"``.
         samples: Number of unlabelled calibration examples; 0 is the data-free mode.
+        sensitivity: What the sensitivity table measures: ``"divergence"`` of the outputs from those of the
+            model that this stage gets, without labels; or ``"score"``, the drop of the task's own score.
+        scoring_samples: Number of calibration examples that the divergence is measured on.
+        on_cell_error: What to do when the score fails at one cell of the table: ``"stop"`` or ``"skip"``.
         ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
         round_to: Ranks and channels are multiples of this.
+        keep_channels: Indices of output channels that no pruning removes, by the name of the layer that makes
+            them; in a study, a layer of the original model.
     """
 
     method: str
     mac_ratio: float
-    selection: str = "uniform"
+    selection: str = "optimal"
+    cost: str = "macs"
+    least_share: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     samples: int = 512
+    sensitivity: str = "divergence"
+    scoring_samples: int = 256
+    on_cell_error: str = "stop"
     ignore: tuple[str, ...] = ()
     round_to: int = 1
+    keep_channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # JSON has no tuples.
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        if faults := kept_channels_faults(self.keep_channels):
+            raise ConfigError(faults, source="compress")
+        object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
         check_ratio(self.mac_ratio, what=f"mac_ratio of {self.method}")
 
     @property
@@ -121,6 +141,24 @@ def stage_to_dict(stage: Stage) -> dict[str, Any]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def kept_channels_faults(value: Any) -> list[str]:
+    """Say what of ``keep_channels`` is not a list of channel indices; the model is not looked at."""
+    if not isinstance(value, Mapping):
+        return [f"keep_channels is {value!r}; it must be a mapping, such as {{'layer1.conv': (0, 3)}}."]
+    return [
+        f"keep_channels[{name!r}] is {channels!r}; it must be a list of whole numbers, 0 or more."
+        for name, channels in value.items()
+        if not isinstance(channels, Collection)
+        or isinstance(channels, str)
+        or not all(map(_is_count, channels))
+    ]
+
+
+def sorted_channels(value: Mapping[str, Collection[int]]) -> dict[str, tuple[int, ...]]:
+    """One way of writing ``keep_channels``, so that equal wishes have equal hashes."""
+    return {name: tuple(sorted(set(value[name]))) for name in sorted(value)}
 
 
 def check_ratio(value: Any, *, what: str) -> float:

@@ -157,6 +157,8 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if origin is tuple:
         if isinstance(value, list):
             return _converted_items(value, typing.get_args(hint), name)
+    elif origin is Mapping and isinstance(value, dict):
+        return _converted_values(value, typing.get_args(hint)[1], name)
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value
@@ -191,6 +193,11 @@ def _converted_items(value: list[Any], hints: Sequence[Any], name: str) -> tuple
         _converted(item, hint, f"{name}[{i}]")
         for i, (item, hint) in enumerate(zip(value, hints, strict=True))
     )
+
+
+def _converted_values(value: dict[Any, Any], hint: Any, name: str) -> dict[str, Any]:
+    """Convert each value of a mapping; its keys are texts, as a layer's name may be a number in YAML."""
+    return {str(key): _converted(item, hint, f"{name}.{key}") for key, item in value.items()}
 
 
 def _converted_fields(value: dict[Any, Any], hint: type[T], name: str) -> T:

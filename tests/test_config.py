@@ -51,6 +51,28 @@ def test_settings_are_read_with_their_types(write: Write) -> None:
     assert (config.max_drop, config.search.step) == (0.01, 0.1)
 
 
+def test_channels_to_keep_are_read_saved_and_overridden(write: Write, tmp_path: Path) -> None:
+    # A layer of a Sequential has a number for a name, which YAML reads as one.
+    config = StudyConfig.load(write(MINIMAL + "keep_channels: {layer1.conv: [3, 0], 0: [1]}\n"))
+    assert config.search.keep_channels == {"0": (1,), "layer1.conv": (0, 3)}
+    config.save(tmp_path / "config.yaml")
+    assert StudyConfig.load(tmp_path / "config.yaml") == config
+    other = StudyConfig.load(tmp_path / "config.yaml", ["keep_channels={stem: [5]}"])
+    assert other.search.keep_channels == {"stem": (5,)}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("keep_channels: [stem]", "keep_channels is ['stem']; it must be a mapping."),
+        ("keep_channels: {stem: 3}", "keep_channels.stem is 3; it must be a list."),
+        ("keep_channels: {stem: [0, a]}", "keep_channels.stem[1] is 'a'; it must be a whole number."),
+    ],
+)
+def test_channels_to_keep_of_another_shape_are_refused(write: Write, text: str, fault: str) -> None:
+    assert faults_of(write(MINIMAL + text)) == (fault,)
+
+
 def test_the_final_fine_tuning_inherits_what_it_does_not_say(write: Write) -> None:
     text = "fine_tune: {epochs: 3, lr: 0.01}\nfinal_fine_tune: {epochs: 8}\n"
     config = StudyConfig.load(write(MINIMAL + text))

@@ -47,6 +47,28 @@ def test_a_plan_survives_json_unchanged(tmp_path):
     assert CompressionPlan.from_dict(CompressionPlan().to_dict()) == CompressionPlan()
 
 
+@pytest.mark.parametrize(
+    ("layer", "channels", "now"),
+    [
+        ("0", (0, 3), ("0", (0, 1))),
+        ("0", (3,), ("0", (1,))),
+        # What was factorised is made by its last part.
+        ("3", (0, 7), ("3.horizontal", (0, 7))),
+        ("7", (2,), ("7", (2,))),
+    ],
+)
+def test_channels_of_the_original_are_found_after_the_plan(layer, channels, now):
+    assert PLAN.outputs_after(layer, channels) == now
+
+
+def test_channels_are_followed_through_several_steps():
+    plan = PLAN.then(PlanStep("channel_pruning", 0.5, (KeepChannels("3.horizontal", outputs=(1, 4, 6)),)))
+    plan = plan.then(PlanStep("channel_pruning", 0.5, (KeepChannels("3.horizontal", outputs=(0, 2)),)))
+    assert plan.outputs_after("3", (1, 6)) == ("3.horizontal", (0, 1))
+    with pytest.raises(PlanError, match="Channel 4 of '3' is to be kept, but an earlier step"):
+        plan.outputs_after("3", (1, 4))
+
+
 def test_then_adds_a_step_and_leaves_the_plan_alone():
     first, second = PLAN.steps
     start = CompressionPlan((first,))

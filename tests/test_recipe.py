@@ -14,7 +14,12 @@ RECIPE = Recipe(
     (
         Compress(method="spatial_svd", mac_ratio=0.7, samples=0),
         FineTune(epochs=3, lr=0.05),
-        Compress(method="channel_pruning", mac_ratio=1, selection="uniform"),
+        Compress(
+            method="channel_pruning",
+            mac_ratio=1,
+            selection="uniform",
+            keep_channels={"layer1.conv": (0, 3), "stem": (7,)},
+        ),
         FineTune(epochs=0),
     )
 )
@@ -27,6 +32,28 @@ def test_a_recipe_survives_json_unchanged():
 def test_stages_are_named_after_what_they_do():
     names = [stage.name for stage in RECIPE.stages]
     assert names == ["spatial_svd", "fine_tune", "channel_pruning", "fine_tune"]
+
+
+def test_channels_to_keep_are_written_in_one_way():
+    one = Compress(method="channel_pruning", mac_ratio=0.5, keep_channels={"b": [3, 0, 3], "a": {1}})
+    other = Compress(method="channel_pruning", mac_ratio=0.5, keep_channels={"a": (1,), "b": (0, 3)})
+    assert one == other
+    assert json.dumps(stage_to_dict(one)) == json.dumps(stage_to_dict(other))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ([0, 3], r"keep_channels is \[0, 3\]; it must be a mapping"),
+        ({"a": 3}, r"keep_channels\['a'\] is 3; it must be a list of whole numbers"),
+        ({"a": "03"}, r"keep_channels\['a'\] is '03'"),
+        ({"a": (0, -1)}, r"keep_channels\['a'\] is \(0, -1\)"),
+        ({"a": (True,)}, r"keep_channels\['a'\] is \(True,\)"),
+    ],
+)
+def test_channels_that_are_no_indices_are_refused(wanted, says):
+    with pytest.raises(ConfigError, match=says):
+        Compress(method="channel_pruning", mac_ratio=0.5, keep_channels=wanted)
 
 
 def test_every_setting_of_a_stage_is_stored():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_search.checkpoint import load_weights
+from compress_search.exceptions import PlanError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import profile_model
@@ -177,3 +178,39 @@ def test_the_reference_is_measured_once(runner, task):
     assert runner(task=counted).reference.accuracy == 0.25
     assert runner(task=counted).reference.accuracy == 0.25
     assert len(calls) == 1
+
+
+def test_channels_of_the_original_model_stay_through_both_methods(runner, tmp_path):
+    wanted = {"0": (7,), "3": (0, 5, 11)}
+    recipe = Recipe(
+        tuple(
+            Compress(method=method, mac_ratio=ratio, samples=32, selection="uniform", keep_channels=wanted)
+            for method, ratio in (("spatial_svd", 0.8), ("channel_pruning", 0.5), ("channel_pruning", 0.4))
+        )
+    )
+    results = runner().run(recipe)
+    plan = CompressionPlan.load(tmp_path / "work" / "stages" / results[-1].key / "plan.json")
+    assert results[-1].mac_ratio < 0.2
+    for layer, channels in wanted.items():
+        left = list(range({"0": 8, "3": 12}[layer]))
+        cuts = [e for step in plan.steps for e in step.edits if e.layer == f"{layer}.horizontal"]
+        for edit in cuts:
+            left = [left[place] for place in edit.outputs or range(len(left))]
+        assert set(channels) <= set(left)
+        assert len(left) < {"0": 8, "3": 12}[layer]
+    # In the first layer the wanted channel had moved before it was cut again.
+    assert sum(edit.layer == "0.horizontal" for step in plan.steps for edit in step.edits) == 2
+
+
+def test_channels_that_an_earlier_step_removed_cannot_be_kept(runner):
+    stages = [Compress(method="channel_pruning", mac_ratio=0.5, samples=0, selection="uniform")]
+    stages.append(dataclasses.replace(stages[0], keep_channels={"3": tuple(range(12))}))
+    with pytest.raises(PlanError, match=r"of '3' is to be kept, but an earlier step of the plan has removed"):
+        runner().run(Recipe(tuple(stages)))
+
+
+def test_channels_to_keep_are_part_of_a_stages_key(runner):
+    stage = Compress(method="channel_pruning", mac_ratio=0.8, samples=0, selection="uniform")
+    runner().run(Recipe((stage,)))
+    (other,) = runner().run(Recipe((dataclasses.replace(stage, keep_channels={"0": (1,)}),)))
+    assert not other.reused

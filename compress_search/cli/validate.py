@@ -41,7 +41,13 @@ def main(args: argparse.Namespace) -> int:
         model = task.build_model()
         task.check(model, choose_device(config.device))
         profile = profile_model(model, task.example_input, warn=True)
-        analyses = {name: METHODS[name].analyse(model, task.example_input) for name in config.search.methods}
+        search, example = config.search, task.example_input
+        analyses = {
+            name: METHODS[name].analyse(
+                model, example, ignore=search.ignore, keep_channels=search.keep_channels
+            )
+            for name in search.methods
+        }
         accuracy = task.score(model)
     print(f"{args.config} is sound. Task {task.name!r}: validation accuracy {100 * accuracy:.2f} %, ", end="")
     print(f"{profile.macs:,} MACs, {profile.params:,} parameters.\n")
@@ -62,8 +68,10 @@ def _layer_rows(profile: ModelProfile) -> list[list[str]]:
 
 
 def _unit_rows(analysis: Analysis) -> list[list[str]]:
-    rows = [["unit", "full size", "layers it makes cheaper"]]
-    return rows + [[unit.name, str(unit.full_size), ", ".join(unit.layers)] for unit in analysis.units]
+    rows = [["unit", "sizes", "layers it makes cheaper"]]
+    return rows + [
+        [unit.name, f"{unit.least}-{unit.full_size}", ", ".join(unit.layers)] for unit in analysis.units
+    ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress_search.exceptions import ConfigError
 from compress_search.methods import METHODS
-from compress_search.recipe import FineTune
+from compress_search.recipe import FineTune, kept_channels_faults, sorted_channels
 from compress_search.search.sampler import SAMPLERS
 from compress_search.selection import SELECTORS
 
@@ -30,6 +30,8 @@ class SearchSettings:
         samples: Number of unlabelled calibration examples; 0 is the data-free mode.
         ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
         round_to: Ranks and channels are multiples of this.
+        keep_channels: Indices of output channels that no pruning removes, by the name of the layer of the
+            original model that makes them.
         fine_tune: The fine-tuning after each method but the last.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         step: Step of the grid of the first method's ratio. Trials with the same ratio share the first
@@ -47,6 +49,7 @@ class SearchSettings:
     samples: int = 512
     ignore: tuple[str, ...] = ()
     round_to: int = 1
+    keep_channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fine_tune: FineTune = field(default_factory=FineTune)
     final_fine_tune: FineTune | None = None
     step: float = 0.05
@@ -57,10 +60,15 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if faults := _faults_of(self):
             raise ConfigError(faults, source="search settings")
+        object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values."""
-        return dataclasses.asdict(self) | {"methods": list(self.methods), "ignore": list(self.ignore)}
+        return dataclasses.asdict(self) | {
+            "methods": list(self.methods),
+            "ignore": list(self.ignore),
+            "keep_channels": {name: list(channels) for name, channels in self.keep_channels.items()},
+        }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SearchSettings:
@@ -94,6 +102,7 @@ def _faults_of(settings: SearchSettings) -> list[str]:
     )
     faults = [f"{name} is {value!r}; it must be {what}." for name, value, good, what in checks if not good]
     faults += _tolerance_faults(s)
+    faults += kept_channels_faults(s.keep_channels)
     if not 1 <= len(s.methods) <= _MOST_METHODS:
         faults.append(f"methods has {len(s.methods)} names; give one or two of: {', '.join(METHODS)}.")
     faults += [f"methods names {name!r} twice." for name in sorted({*s.methods}) if s.methods.count(name) > 1]

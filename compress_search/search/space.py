@@ -186,4 +186,5 @@ def _compress(settings: SearchSettings, method: str, ratio: float) -> Compress:
         samples=settings.samples,
         ignore=settings.ignore,
         round_to=settings.round_to,
+        keep_channels=settings.keep_channels,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import optuna
@@ -13,6 +14,7 @@ from optuna.storages import RDBStorage
 
 from compress_search.exceptions import StudyError
 from compress_search.methods.ignored_layers import layers_matching
+from compress_search.methods.kept_channels import channels_to_keep
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
@@ -48,6 +50,7 @@ def create_study(
     samples: int = 512,
     ignore: tuple[str, ...] = (),
     round_to: int = 1,
+    keep_channels: Mapping[str, tuple[int, ...]] | None = None,
     fine_tune: FineTune | None = None,
     final_fine_tune: FineTune | None = None,
     step: float = 0.05,
@@ -73,6 +76,7 @@ def create_study(
         samples: Number of unlabelled calibration examples.
         ignore: Names or patterns of layers to leave alone.
         round_to: Ranks and channels are multiples of this.
+        keep_channels: Indices of output channels that no pruning removes, by layer name.
         fine_tune: The fine-tuning after each method but the last; ``None`` is the default one.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         step: Step of the grid of the first method's ratio.
@@ -86,7 +90,7 @@ def create_study(
     Raises:
         ConfigError: Settings are out of range; all faults are in the message.
         TaskError: The task cannot be used.
-        ModelError: ``ignore`` names a layer that the model does not have.
+        ModelError: ``ignore`` or ``keep_channels`` names a layer or channel that the model does not have.
         WorkspaceError: The workspace cannot be written.
         StudyMismatchError: A study of that name was made with other settings, or by another program.
         StudyError: The name, the device or the database cannot be used.
@@ -100,6 +104,7 @@ def create_study(
         samples=samples,
         ignore=tuple(ignore),
         round_to=round_to,
+        keep_channels={} if keep_channels is None else keep_channels,
         fine_tune=fine_tune or FineTune(),
         final_fine_tune=final_fine_tune,
         step=step,
@@ -110,6 +115,7 @@ def create_study(
     place, where = Workspace(Path(workspace)), choose_device(device)
     model = task.build_model()
     task.check(model, where)
+    channels_to_keep(settings.keep_channels, model)
     layers_matching(settings.ignore, profile_model(model, task.example_input.to(where), warn=True))
     runner = _runner(task, place.prepare(), settings, where, Progress())
     database = open_storage(storage, place)

@@ -18,6 +18,7 @@ def test_settings_survive_json():
         max_drop_after_ssvd=0.0,
         ignore=("head.*",),
         round_to=8,
+        keep_channels={"head": (0, 3)},
     )
     assert SearchSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     plain = SearchSettings(target=0.4)
@@ -44,6 +45,7 @@ def test_settings_survive_json():
         ({"step": 1}, "step is 1"),
         ({"samples": -1}, "samples is -1"),
         ({"round_to": 0}, "round_to is 0"),
+        ({"keep_channels": {"head": (0, -3)}}, r"keep_channels\['head'\] is \(0, -3\)"),
         ({"max_drop_after_ssvd": -0.01}, "max_drop_after_ssvd is -0.01"),
         ({"seed": -1}, "seed is -1"),
     ],

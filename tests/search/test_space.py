@@ -87,12 +87,13 @@ def test_the_second_ratio_follows_what_the_first_achieved(make_settings):
 
 
 def test_a_recipe_compresses_and_trains_twice_with_the_gate_between(make_settings):
-    settings = make_settings(final_fine_tune=FineTune(epochs=7), samples=3, ignore=("head",), round_to=4)
+    left_alone = {"ignore": ("head",), "round_to": 4, "keep_channels": {"stem": (0, 3)}}
+    settings = make_settings(final_fine_tune=FineTune(epochs=7), samples=3, **left_alone)
     proposal = propose(fixed({"c_ssvd": 0.8, "c_cp": 0.63}), settings, exactly)
     assert proposal.recipe.stages == (
-        Compress(method="spatial_svd", mac_ratio=0.8, samples=3, ignore=("head",), round_to=4),
+        Compress(method="spatial_svd", mac_ratio=0.8, samples=3, **left_alone),
         FineTune(epochs=1),
-        Compress(method="channel_pruning", mac_ratio=0.63, samples=3, ignore=("head",), round_to=4),
+        Compress(method="channel_pruning", mac_ratio=0.63, samples=3, **left_alone),
         FineTune(epochs=7),
     )
     assert proposal.gate_after == 2

@@ -84,8 +84,10 @@ def test_the_spelt_out_settings_are_those_of_search_settings():
     spelt = inspect.signature(create_study).parameters
     for field in dataclasses.fields(SearchSettings):
         default = spelt[field.name].default
-        if field.name == "fine_tune":
-            assert default is None and field.default_factory() == FineTune()
+        if field.name in ("fine_tune", "keep_channels"):
+            assert default is None and field.default_factory() == {"fine_tune": FineTune()}.get(
+                field.name, {}
+            )
         elif field.name == "target":
             assert default is inspect.Parameter.empty
         else:
@@ -206,6 +208,7 @@ def test_report_and_export_lie_in_the_studys_folder(finished):
         ({"seed": 1}, "seed", "0", "1"),
         ({"round_to": 2}, "round_to", "1", "2"),
         ({"ignore": ("0",)}, "ignore", "[]", "['0']"),
+        ({"keep_channels": {"0": (1,)}}, "keep_channels.0", "'nothing'", "[1]"),
     ],
 )
 def test_another_setting_is_refused_by_its_name(create, changes, field, stored, asked):
