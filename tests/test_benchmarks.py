@@ -17,6 +17,7 @@ from torch import nn
 from compress_search.methods.channel_pruning import ChannelPruning
 from compress_search.methods.spatial_svd import SpatialSVD
 from compress_search.profile import profile_model
+from compress_search.replay import Prefix
 
 pytest.importorskip("torchvision", reason="the studies need compress-search[studies]")
 
@@ -140,6 +141,17 @@ def test_work_is_counted_in_passes_of_one_image(networks, layers, peer):
         network(torch.zeros(2, 3, 32, 32))
     network(torch.zeros(SHAPE))
     assert work.macs == 5 * layers.count_macs(network, SHAPE)
+
+
+def test_layers_that_a_replay_skips_do_no_work(layers, peer):
+    network = resnet20()
+    whole, last = 2 * layers.count_macs(network, SHAPE), 2 * network[-1].weight.numel()
+    work = peer.Work()
+    with work.counted():
+        prefix = Prefix(network, torch.zeros(2, 3, 32, 32), [str(len(network) - 1)])
+        assert work.macs == whole - last
+        prefix.rerun({})
+    assert work.macs == whole
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning", "ignore:.torch.jit:DeprecationWarning")

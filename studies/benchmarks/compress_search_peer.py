@@ -1,12 +1,14 @@
-"""compress_search by its public interface, in a process of its own as its peers are.
+"""compress_search in a process of its own, as its peers are.
+
+It does what :func:`compress_search.compression.compress` does, and looks at the clock after the selection.
 
 Settings of a case are those of :class:`compress_search.Compress`, for every step.
 """
 
 from __future__ import annotations
 
+import time
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from cifar10_networks import EXAMPLE, NETWORKS
@@ -14,42 +16,33 @@ from torch import nn
 
 from benchmarks.cases import Request, asked_ratio
 from benchmarks.peer import Compression, Images, run
-from compress_search import Compress, Recipe, Task, apply_plan
-from compress_search.checkpoint import load_weights
-from compress_search.progress import Progress
-from compress_search.stage_store import StageStore
-from compress_search.stages import StageRunner
-from compress_search.workspace import Workspace
+from compress_search import Compress
+from compress_search.compression import TableSource, analyse, apply, choose_sizes, sensitivity_table
+from compress_search.profile import profile_model
+from compress_search.selection import SELECTORS
 
-BATCH = 50
+BATCH = 32
+"""Images a calibration batch, as many as a study takes."""
 
 
 def compress(request: Request, network: nn.Module, images: Images) -> Compression:
-    """Run the steps of a case as one recipe; the last step gets what the others left of the budget."""
-    labelled = list(zip(torch.split(images.inputs, BATCH), torch.split(images.labels, BATCH), strict=True))
-    task = Task(
-        name=request.case.network,
-        model=network,
-        example_input=EXAMPLE,
-        train=labelled,
-        validation=labelled,
-        calibration=list(torch.split(images.calibration, BATCH)),
-    )
-    workspace = Workspace(Path("workspace")).prepare()
-    runner = StageRunner(
-        task, workspace, seed=request.case.seed, device=torch.device("cpu"), progress=Progress()
-    )
-    settings = request.case.settings
-    *earlier, last = request.case.steps
-    stages = [Compress(method=step.method, mac_ratio=step.mac_ratio, **settings) for step in earlier]
-    before = runner.run(Recipe(tuple(stages)))[-1].macs if stages else runner.reference.macs
-    allowed = request.budget or asked_ratio(request.case) * runner.reference.macs
-    stages.append(Compress(method=last.method, mac_ratio=min(allowed / before, 1.0), **settings))
-    result = runner.run(Recipe(tuple(stages)))[-1]
-    store = StageStore(workspace)
-    compressed: nn.Module = apply_plan(network, store.plan(result.key))
-    load_weights(compressed, store.weights(result.key))
-    return Compression(compressed, None, None)
+    """Run the steps of a case one after the other; the last gets what the others left of the budget."""
+    original = profile_model(network, EXAMPLE).macs
+    allowed = request.budget or asked_ratio(request.case) * original
+    seconds, cells = 0.0, 0
+    for step in request.case.steps:
+        start = time.perf_counter()
+        left = min(allowed / profile_model(network, EXAMPLE).macs, 1.0)
+        ratio = left if step == request.case.steps[-1] else step.mac_ratio
+        stage = Compress(method=step.method, mac_ratio=ratio, **request.case.settings)
+        source = TableSource(torch.split(images.calibration[: stage.samples], BATCH))
+        analysis = analyse(network, EXAMPLE, stage)
+        table = sensitivity_table(analysis, stage, source) if SELECTORS[stage.selection].needs_table else None
+        sizes = choose_sizes(analysis, stage, source, table=table)
+        seconds += time.perf_counter() - start
+        cells += 0 if table is None else len(table.cells)
+        network = apply(analysis, sizes, source.calibration).model
+    return Compression(network, seconds, cells)
 
 
 if __name__ == "__main__":

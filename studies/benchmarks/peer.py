@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.cases import Effort, Request
 from benchmarks.layers import count_macs, layers_of
@@ -71,18 +72,30 @@ class Work:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count within the block, in whatever module."""
-        handle = nn.modules.module.register_module_forward_hook(self._count)
+        """Count within the block, in whatever network.
+
+        The functions that the layers call are watched, not the layers: compress_search skips layers whose
+        outputs it still has, and hooks of PyTorch would not see that.
+        """
+        watched = {name: getattr(functional, name) for name in ("conv2d", "linear")}
+        for name, function in watched.items():
+            setattr(functional, name, self._counting(function))
         try:
             yield
         finally:
-            handle.remove()
+            for name, function in watched.items():
+                setattr(functional, name, function)
 
-    def _count(self, module: nn.Module, _: Any, output: Any) -> None:
-        # AIMET traces its models; what a hook asks of a tensor then would become part of the graph.
-        if isinstance(module, nn.Conv2d | nn.Linear) and not torch.jit.is_tracing():
-            # As many multiplications for each number put out as one filter has weights.
-            self.macs += output.numel() * (module.weight.numel() // module.weight.shape[0])
+    def _counting(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(images: Tensor, weight: Tensor, *arguments: Any, **others: Any) -> Tensor:
+            outputs = function(images, weight, *arguments, **others)
+            # AIMET traces its models; what is asked of a tensor then would become part of the graph.
+            if not _tracing():
+                # As many multiplications for each number put out as one filter has weights.
+                self.macs += outputs.numel() * (weight.numel() // weight.shape[0])
+            return outputs
+
+        return counting
 
 
 def run(compress: Compress, build: Callable[[str], nn.Module], version: str) -> None:
@@ -116,6 +129,10 @@ def run(compress: Compress, build: Callable[[str], nn.Module], version: str) -> 
         version=f"{version}, torch {torch.__version__}",
     )
     _write(done.network.eval(), given, effort)
+
+
+def _tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _write(network: nn.Module, images: Images, effort: Effort) -> None:
