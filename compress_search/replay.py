@@ -1,8 +1,8 @@
 """Run a model again from some layer on, without computing what comes before it a second time.
 
 Works on modules, not on a traced graph, so that any ``forward`` will do. While a batch runs for the first
-time, the outputs of all modules that have finished before the layer begins are kept. When it runs again, those
-modules hand out what was kept; whatever a ``forward`` does between modules is done again.
+time, the outputs of all modules that have finished before the layer begins are kept. When it runs again,
+those modules hand out what was kept; whatever a ``forward`` does between modules is done again.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def _patched(model: nn.Module, wrapper: Any) -> Iterator[None]:
     own = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         forward = module.forward
-        module.__dict__["forward"] = (
-            lambda *args, module=module, forward=forward, **kwargs: wrapper(module, forward, args, kwargs)
+        module.__dict__["forward"] = lambda *args, module=module, forward=forward, **kwargs: wrapper(
+            module, forward, args, kwargs
         )
     try:
         yield

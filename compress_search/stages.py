@@ -17,25 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import with_best_batchnorm
 from compress_search.checkpoint import load_weights
+from compress_search.compression import TableSource, analyse, apply, choose_sizes
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
-from compress_search.methods import METHODS
+from compress_search.methods.kept_channels import channels_to_keep
 from compress_search.methods.method import Analysis, Sizes
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
 from compress_search.results import Reference, StageResult
-from compress_search.selection import SELECTORS
-from compress_search.selection.request import SelectionRequest
+from compress_search.selection.table_store import TableStore
 from compress_search.stage_store import StageStore
 from compress_search.task import Task
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 1
+_STAGE_FORMAT = 2
 """Part of every key. Raise it when the same settings would give other weights than before."""
+
+_TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
+"""What of a runner's identity a sensitivity table depends on, beside the model itself."""
 
 AfterStage = Callable[[Stage, StageResult], None]
 
@@ -56,6 +58,7 @@ class StageRunner:
     ) -> None:
         self._task = task
         self._store = StageStore(workspace)
+        self._tables = TableStore(workspace)
         self._seed = seed
         self._progress = progress
         self._original = task.build_model().to(device)
@@ -124,7 +127,7 @@ class StageRunner:
         stored = self._store.find(_key(before, last))
         if stored is not None:
             return stored.mac_ratio
-        analysis, sizes = self._choose_sizes(last, self._load(before.key))
+        analysis, sizes = self._choose_sizes(last, self._load(before.key), self._store.plan(before.key))
         return analysis.predict_macs(sizes) / self.original.macs
 
     @cached_property
@@ -149,11 +152,9 @@ class StageRunner:
         started = time.monotonic()
         plan = self._store.plan(before.key)
         if isinstance(stage, Compress):
-            analysis, sizes = self._choose_sizes(stage, model)
-            batches = self._calibration_inputs(stage.samples)
-            compressed = analysis.apply(sizes, batches)
-            changed = with_best_batchnorm(compressed.model, model, batches)
-            plan = plan.then(compressed.step)
+            analysis, sizes = self._choose_sizes(stage, model, plan)
+            compressed = apply(analysis, sizes, self._calibration_inputs(stage.samples))
+            changed, plan = compressed.model, plan.then(compressed.step)
         else:
             changed = copy.deepcopy(model)
             fine_tune(
@@ -166,10 +167,22 @@ class StageRunner:
             )
         return self._finish(key, stage.name, plan, changed, started=started), changed
 
-    def _choose_sizes(self, stage: Compress, model: nn.Module) -> tuple[Analysis, Sizes]:
-        analysis = METHODS[stage.method].analyse(model, self._example, ignore=stage.ignore)
-        request = SelectionRequest(ratio=stage.mac_ratio, round_to=stage.round_to)
-        return analysis, SELECTORS[stage.selection].select(analysis, request, None)
+    def _choose_sizes(
+        self, stage: Compress, model: nn.Module, plan: CompressionPlan
+    ) -> tuple[Analysis, Sizes]:
+        # The user named channels of the original model; methods speak of the model that they are given.
+        named = channels_to_keep(stage.keep_channels, self._original)
+        kept = dict(plan.outputs_after(layer, channels) for layer, channels in named.items())
+        stage = dataclasses.replace(stage, keep_channels=kept)
+        analysis = analyse(model, self._example, stage)
+        source = TableSource(
+            self._calibration_inputs(stage.samples),
+            data=content_hash({name: self.identity[name] for name in _TABLE_DEPENDS_ON}),
+            score=self._task.score,
+            store=self._tables,
+            progress=self._progress,
+        )
+        return analysis, choose_sizes(analysis, stage, source)
 
     def _finish(
         self, key: str, name: str, plan: CompressionPlan, model: nn.Module, *, started: float

@@ -5,6 +5,7 @@ Layout::
     runs/                      the workspace
       study.db                 the Optuna studies (SQLite)
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
+      tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
 Whatever is written here appears whole or not at all: it is written under a temporary name on the same
@@ -68,6 +69,11 @@ class Workspace:
     def stages(self) -> Path:
         """The folder of all stage results, shared by every study of this workspace."""
         return self.root / "stages"
+
+    @property
+    def tables(self) -> Path:
+        """The folder of all sensitivity tables, shared by every study of this workspace."""
+        return self.root / "tables"
 
     def study_folder(self, name: str) -> Path:
         """The folder of one study's configuration, log, reports and exports."""

@@ -35,6 +35,7 @@ ORDER = (
     "reconstruction",
     "methods",
     "selection",
+    "compression",
     "training",
     "stage_store",
     "stages",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from compress_search.exceptions import WorkspaceError
+from compress_search.workspace import write_json_atomically, write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,12 @@ class SensitivityTable:
 
     Attributes:
         cells: By unit in forward order, by size ascending. Full sizes are not in it: they lose nothing.
+        fingerprint: Of the model and the method that were measured; see
+            :func:`compress_search.compression.fingerprint_of`.
     """
 
     cells: tuple[Cell, ...]
+    fingerprint: str = ""
 
     @cached_property
     def _by_unit(self) -> dict[str, dict[int, float]]:
@@ -63,19 +71,42 @@ class SensitivityTable:
         return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON-able values: by unit, the sizes and the loss at each."""
-        return {
+        """The table as JSON-able values."""
+        curves = {
             unit: {"sizes": list(losses), "losses": list(losses.values())}
             for unit, losses in self._by_unit.items()
         }
+        return {"fingerprint": self.fingerprint, "units": curves}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SensitivityTable:
         """Read what :meth:`to_dict` wrote."""
-        return cls(
-            tuple(
-                Cell(unit, size, loss)
-                for unit, curve in value.items()
-                for size, loss in zip(curve["sizes"], curve["losses"], strict=True)
-            )
+        cells = tuple(
+            Cell(unit, size, loss)
+            for unit, curve in value["units"].items()
+            for size, loss in zip(curve["sizes"], curve["losses"], strict=True)
         )
+        return cls(cells, value["fingerprint"])
+
+    def save(self, path: Path | str) -> None:
+        """Write the table as JSON, or, to a path that ends in ``.csv``, its cells as CSV."""
+        path = Path(path)
+        if path.suffix == ".csv":
+            write_text_atomically(path, self.to_dataframe().to_csv(index=False))
+        else:
+            write_json_atomically(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> SensitivityTable:
+        """Read the JSON that :meth:`save` wrote.
+
+        Raises:
+            WorkspaceError: The file cannot be read, or is no such table.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WorkspaceError(
+                f"{str(path)!r} holds no sensitivity table ({type(error).__name__}: {error}). Give a JSON "
+                "file that SensitivityTable.save wrote."
+            ) from error
