@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
-from compress_search.methods.cost import Integers
+from compress_search.methods.cost import Cost, Integers
 from compress_search.selection.table import SensitivityTable
 
 Floats = npt.NDArray[np.float64]
@@ -18,6 +18,9 @@ _BELOW_THE_SMALLEST = 4.0
 """Below the smallest measured size the loss rises as this power of (that size / the size)."""
 _TOWARDS_FULL = (1.0, 4.0)
 """Above the largest measured size the loss falls as (full - size) to a power within these limits."""
+
+_RISE = 0.1
+_RISE_OF_MUCH = 0.01
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ class LossCurves:
         """The sum over the units ``(rows,)`` at the sizes ``(rows, units)``."""
         total: Floats = self.values[np.arange(len(self.values)), rows].sum(axis=1)
         return total
+
+    def tolerable_rise(self, cost: Cost, sizes: Mapping[str, int], choices: Mapping[str, range]) -> float:
+        """By how much the loss may rise so that sizes come within half a per cent of the budget.
+
+        By a tenth of itself, or, where it is next to nothing, by a hundredth of what all units together lose
+        in the middle of their sizes. It matters only where units are few, and none has a size that fits.
+        """
+        middle = {name: own[len(own) // 2] for name, own in choices.items()}
+        loss, much = self.of_rows(np.stack([cost.row(sizes), cost.row(middle)]))
+        return float(max(_RISE * loss, _RISE_OF_MUCH * much))
 
 
 def loss_curves(table: SensitivityTable, full: Mapping[str, int], choices: Mapping[str, range]) -> LossCurves:

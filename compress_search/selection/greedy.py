@@ -22,9 +22,6 @@ from compress_search.selection.remainder import spend_the_rest
 from compress_search.selection.request import SelectionRequest
 from compress_search.selection.table import SensitivityTable
 
-_TOLERATED = 0.5
-"""By how much the predicted loss may rise, relative, to come within half a per cent of the budget."""
-
 
 @dataclass(frozen=True)
 class Greedy:
@@ -74,7 +71,8 @@ class Greedy:
                 low = middle
         sizes = _within(candidates, limits[high])
         curves = loss_curves(table, cost.full, choices)
-        return spend_the_rest(cost, sizes, budget, choices, regret=curves.of_rows, tolerated=_TOLERATED)
+        rise = curves.tolerable_rise(cost, sizes, choices)
+        return spend_the_rest(cost, sizes, budget, choices, regret=curves.of_rows, rise=rise)
 
     def _candidates(self, table: SensitivityTable, unit: str, sizes: range) -> dict[int, float]:
         """The measured losses at sizes that the unit may take; one in between counts as the next up."""

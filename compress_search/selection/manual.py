@@ -48,7 +48,7 @@ class Manual:
             if share < 1 and name in choices
         }
         free = {name: sizes for name, sizes in choices.items() if name not in shares}
-        if not free:
+        if fixed and not free:
             return _as_asked(cost.of(fixed) / cost.of({}), request, fixed)
         budget = budget_within_reach(analysis, request, free, fixed=fixed)
         whole = cost.of(fixed)

@@ -33,8 +33,6 @@ _SMALLEST_RADIUS = 0.02
 _MOST_ROUNDS = 60
 _CORRECTIONS = 4
 """How often a step that turns out too dear is tried again with less to spend."""
-_TOLERATED = 0.05
-"""By how much the loss may rise, relative, to come within half a per cent of the budget."""
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
 """By how many steps a unit moves in an exchange."""
 _MOST_EXCHANGES = 200
@@ -51,7 +49,7 @@ class Optimal:
     def select(
         self, analysis: Analysis, request: SelectionRequest, table: SensitivityTable | None
     ) -> dict[str, int]:
-        """Choose the sizes of least predicted loss.
+        """Choose the sizes of least predicted loss, and spend all of the budget that single steps can.
 
         Units of which the table has no loss stay as they are.
 
@@ -64,14 +62,16 @@ class Optimal:
         choices = {name: sizes for name, sizes in allowed.items() if name in table.units}
         budget = budget_within_reach(analysis, request, choices)
         curves = loss_curves(table, cost.full, choices)
-        return least_loss(cost, curves, choices, budget)
+        sizes = least_loss(cost, curves, choices, budget)
+        rise = curves.tolerable_rise(cost, sizes, choices)
+        return spend_the_rest(cost, sizes, budget, choices, regret=curves.of_rows, rise=rise)
 
 
 def least_loss(cost: Cost, curves: LossCurves, choices: Mapping[str, range], budget: int) -> dict[str, int]:
-    """Choose the sizes of least total loss within a budget, and spend all of it that single steps can.
+    """Choose the sizes of least total loss within a budget.
 
-    Where units cost each for itself the loss is above the least possible by at most a thousandth of itself
-    before the rest is spent. Coupled ones have no such bound; the sizes are never worse than uniform ones.
+    Where units cost each for itself the loss is above the least possible by at most a thousandth of itself.
+    Coupled ones have no such bound; they never lose more than uniform ones.
 
     Args:
         cost: What the budget counts.
@@ -92,8 +92,7 @@ def least_loss(cost: Cost, curves: LossCurves, choices: Mapping[str, range], bud
         rows = [_descended(cost, options, curves, start, budget) for start in (uniform, smallest)]
         rows.append(uniform)
     row = min(rows, key=lambda r: float(curves.of_rows(r[None])[0]))
-    sizes = {name: int(size) for name, size in zip(cost.full, row, strict=True) if size}
-    return spend_the_rest(cost, sizes, budget, choices, regret=curves.of_rows, tolerated=_TOLERATED)
+    return {name: int(size) for name, size in zip(cost.full, row, strict=True) if size}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def spend_the_rest(
     choices: Mapping[str, range],
     *,
     regret: Regret,
-    tolerated: float,
+    rise: float,
 ) -> dict[str, int]:
     """Let units grow by single steps, as long as one fits into the budget.
 
@@ -41,14 +41,14 @@ def spend_the_rest(
         budget: The highest cost.
         choices: The sizes that each unit may take, ascending.
         regret: How much sizes are unwanted.
-        tolerated: By how much more, relative, they may be so to come closer to the budget.
+        rise: By how much the regret may rise to come closer to the budget.
 
     Returns:
         The sizes; as near to the budget as was found, and never above it.
     """
     places = {name: place for place, name in enumerate(cost.full)}
     row = _grown(cost, cost.row(sizes), budget, choices, regret)
-    limit = (1 + tolerated) * regret(row[None])[0]
+    limit = regret(row[None])[0] + rise
     for _ in range(_MOST_EXCHANGES):
         spent = cost.of_rows(row[None])[0]
         if spent >= (1 - CLOSE) * budget:

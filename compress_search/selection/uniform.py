@@ -16,8 +16,8 @@ from compress_search.selection.request import SelectionRequest
 from compress_search.selection.table import SensitivityTable
 
 _BISECTIONS = 40
-_TOLERATED = 1.0
-"""By how much more unequal the units may become, relative, to come within half a per cent of the budget."""
+_RISE = 0.1
+"""By how much the sum of the squared lost shares may rise to come within half a per cent of the budget."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def uniform_sizes(
         distances: npt.NDArray[np.float64] = ((1 - shares) ** 2).sum(axis=1)
         return distances
 
-    return spend_the_rest(cost, sizes, budget, choices, regret=lost, tolerated=_TOLERATED)
+    return spend_the_rest(cost, sizes, budget, choices, regret=lost, rise=_RISE)
 
 
 def _at_share(cost: Cost, choices: Mapping[str, range], share: float) -> dict[str, int]:
