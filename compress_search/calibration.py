@@ -208,7 +208,9 @@ def reestimated_batchnorm(model: nn.Module, batches: Sequence[Tensor]) -> nn.Mod
     layers = [m for m in estimated.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
-        layer.reset_running_stats()
+        # The first batch replaces the statistics; a layer that does not run keeps them.
+        assert layer.num_batches_tracked is not None
+        layer.num_batches_tracked.zero_()
         layer.momentum = None  # PyTorch's word for a plain average over the batches.
         layer.train()
     with torch.no_grad():

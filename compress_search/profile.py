@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,12 +58,15 @@ class ModelProfile:
         macs: MACs of all counted layers.
         params: Number of parameters of the whole model, each shared tensor once.
         uncounted: Operations that multiply but are not counted, as ``module (operation)``.
+        idle: The layers that would be counted but did not run, such as an auxiliary head's in evaluation
+            mode. They have no calls and no MACs.
     """
 
     layers: tuple[LayerProfile, ...]
     macs: int
     params: int
     uncounted: tuple[str, ...] = field(default=())
+    idle: tuple[LayerProfile, ...] = field(default=())
 
     def layer(self, name: str) -> LayerProfile:
         """Return the profile of one layer.
@@ -141,16 +144,11 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
             f"{type(model).__name__} ran no convolution or linear layer, so there is nothing to compress. "
             "Give a model built from torch.nn layers."
         )
-    layers = tuple(
-        LayerProfile(
-            name=name,
-            kind=type(modules[name]).__name__,
-            weight_shape=tuple(modules[name].weight.shape),  # type: ignore[arg-type]
-            calls=tuple(shapes),
-            macs=sum(layer_macs(modules[name], *shape) for shape in shapes),
-            params=sum(p.numel() for p in modules[name].parameters()),
-        )
-        for name, shapes in calls.items()
+    layers = tuple(_layer_profile(name, modules[name], shapes) for name, shapes in calls.items())
+    idle = tuple(
+        _layer_profile(name, module, [])
+        for module, name in names.items()
+        if isinstance(module, COUNTED_LAYERS) and name not in calls
     )
     if warn and watcher.found:
         warnings.warn(
@@ -162,6 +160,18 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
         macs=sum(layer.macs for layer in layers),
         params=sum(p.numel() for p in model.parameters()),
         uncounted=tuple(watcher.found),
+        idle=idle,
+    )
+
+
+def _layer_profile(name: str, layer: nn.Module, calls: Sequence[tuple[Shape, Shape]]) -> LayerProfile:
+    return LayerProfile(
+        name=name,
+        kind=type(layer).__name__,
+        weight_shape=tuple(layer.weight.shape),  # type: ignore[arg-type]
+        calls=tuple(calls),
+        macs=sum(layer_macs(layer, *shapes) for shapes in calls),
+        params=sum(parameter.numel() for parameter in layer.parameters()),
     )
 
 
@@ -173,6 +183,23 @@ def inference_mode_of(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def training_paths_of(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` take the paths of training in the block, auxiliary heads included, and change nothing.
+
+    Modules that hold others are in training mode; those that hold none, normalisation and dropout among them,
+    in evaluation mode. Every module's mode is restored.
+    """
+    training = {module: module.training for module in model.modules()}
+    for module in training:
+        module.training = next(module.children(), None) is not None
+    try:
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
-from compress_search.profile import inference_mode_of, layer_macs, profile_model
+from compress_search.profile import inference_mode_of, layer_macs, profile_model, training_paths_of
 
 
 def macs_of(layer, *shape):
@@ -102,11 +102,30 @@ def test_the_ratio_is_to_the_reference():
     assert small.mac_ratio(large) == 0.25
 
 
-def test_a_layer_that_did_not_run_has_no_profile():
+def test_a_layer_that_did_not_run_is_idle():
     model = Residual()
+    assert profile_model(model, torch.randn(1, 3, 8, 8)).idle == ()
     model.spare = nn.Linear(2, 2)
+    profile = profile_model(model, torch.randn(1, 3, 8, 8))
     with pytest.raises(KeyError, match="spare"):
-        profile_model(model, torch.randn(1, 3, 8, 8)).layer("spare")
+        profile.layer("spare")
+    (idle,) = profile.idle
+    assert (idle.name, idle.kind, idle.calls, idle.macs, idle.params) == ("spare", "Linear", (), 0, 6)
+
+
+def test_the_paths_of_training_are_taken_without_training():
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()), nn.Linear(2, 2)).eval()
+    model[1].train()
+
+    def fail():
+        with training_paths_of(model):
+            assert model.training and model[0].training
+            assert not any(m.training for m in (model[0][0], model[0][1], model[1]))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [m.training for m in model.modules()] == [False, False, False, False, True]
 
 
 def test_a_module_used_twice_costs_its_macs_twice_and_its_parameters_once():

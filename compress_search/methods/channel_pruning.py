@@ -29,7 +29,7 @@ from compress_search.methods.kept_channels import (
     channels_to_keep,
     protected_blocks,
 )
-from compress_search.methods.method import Compressed, Imitation, Sizes, Unit
+from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import ModelProfile, profile_model
@@ -97,8 +97,8 @@ class ChannelPruningAnalysis:
 
     @property
     def left_alone(self) -> Mapping[str, str]:
-        """Counted layers whose output channels all stay, each with its reason."""
-        return self.coupling.reasons
+        """Layers whose output channels all stay, each with its reason."""
+        return {**self.coupling.reasons, **{layer.name: DID_NOT_RUN for layer in self.profile.idle}}
 
     def size_at(self, unit: Unit, share: float) -> int | None:
         """The largest number of blocks that is at most ``share`` of all, at least the allowed least."""

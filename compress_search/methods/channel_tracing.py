@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch_pruning import DependencyGraph
 from torch_pruning.dependency import index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from compress_search.exceptions import ModelError
-from compress_search.profile import CONVOLUTIONS, COUNTED_LAYERS
+from compress_search.fingerprint import seeded
+from compress_search.profile import (
+    CONVOLUTIONS,
+    COUNTED_LAYERS,
+    inference_mode_of,
+    training_paths_of,
+)
 from compress_search.surgery import can_keep_channels, carries_channels
 
 _WITHOUT_CHANNELS_OF_THEIR_OWN = (
@@ -27,6 +34,9 @@ _WITHOUT_CHANNELS_OF_THEIR_OWN = (
     OPTYPE.UNBIND,
     OPTYPE.SLICE,
 )
+
+Forward = Callable[[nn.Module, Tensor], Any]
+"""Runs a model on inputs ``(batch, ...)``."""
 
 
 class Channel(NamedTuple):
@@ -66,16 +76,68 @@ class TracedGroup:
         return {end for tie in self.ties for end in tie}
 
 
-def trace_channels(model: nn.Module, example_input: Tensor) -> list[TracedGroup]:
+def trace_channels(
+    model: nn.Module, example_input: Tensor, *, in_training: bool = False
+) -> list[TracedGroup]:
     """Trace a model and return its groups of tied channels.
 
     Args:
         model: The model. It is not changed.
         example_input: ``(batch, ...)``.
+        in_training: Trace the paths of training too, where auxiliary heads run. A group is then found twice,
+            with what belongs to it on either path.
 
     Raises:
         ModelError: torch-pruning cannot trace the model.
     """
+    groups = _trace(model, example_input, _plain, first=0)
+    if in_training:
+        groups += _trace(model, example_input, _on_training_paths, first=len(groups))
+    return groups
+
+
+def layers_of_training_alone(model: nn.Module, example_input: Tensor) -> frozenset[str]:
+    """Names of the modules with parameters of their own that run in training and not in evaluation.
+
+    Args:
+        model: The model. It is not changed.
+        example_input: ``(batch, ...)``.
+    """
+    try:
+        with inference_mode_of(model), seeded(0):
+            evaluated = _modules_run(model, example_input, _plain)
+            return _modules_run(model, example_input, _on_training_paths) - evaluated
+    except Exception:
+        # Detectors, for one, want their targets as a second argument in training.
+        return frozenset()
+
+
+def _modules_run(model: nn.Module, example_input: Tensor, forward: Forward) -> frozenset[str]:
+    ran: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+        for name, module in model.named_modules()
+        if any(parameter is not None for parameter in module._parameters.values())
+    ]
+    try:
+        forward(model, example_input[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return frozenset(ran)
+
+
+def _plain(model: nn.Module, inputs: Tensor) -> Any:
+    return model(inputs)
+
+
+def _on_training_paths(model: nn.Module, inputs: Tensor) -> Any:
+    with training_paths_of(model):
+        return model(inputs)
+
+
+def _trace(model: nn.Module, example_input: Tensor, forward: Forward, *, first: int) -> list[TracedGroup]:
+    """Trace one kind of forward pass; the roots of the groups are numbered from ``first``."""
     traced = copy.deepcopy(model).eval()
     # The graph is read off autograd's, so frozen parameters must take part too.
     for parameter in traced.parameters():
@@ -84,7 +146,13 @@ def trace_channels(model: nn.Module, example_input: Tensor) -> list[TracedGroup]
     names = {module: name for name, module in traced.named_modules()}
     try:
         with torch.enable_grad(), _reshapes_that_cannot_be_mapped_are_skipped():
-            graph.build_dependency(traced, example_inputs=example_input[:1], verbose=False)
+            graph.build_dependency(
+                traced,
+                example_inputs=example_input[:1],
+                forward_fn=forward,
+                output_transform=_tensors_with_history,
+                verbose=False,
+            )
     except Exception as error:
         raise ModelError(
             f"torch-pruning cannot trace {type(model).__name__} ({type(error).__name__}: {error}), so its "
@@ -94,35 +162,41 @@ def trace_channels(model: nn.Module, example_input: Tensor) -> list[TracedGroup]
     made: set[str] = set()
     for root in graph.module2node:
         if isinstance(root, COUNTED_LAYERS) and names[root] not in made:
-            groups.append(_group_from(root, len(groups), graph, names))
+            groups.append(_group_from(root, first + len(groups), graph, names))
             made.update(groups[-1].makers)
     return groups
 
 
-def merged_by_carriers(model: nn.Module, groups: Iterable[TracedGroup]) -> list[TracedGroup]:
-    """Merge the groups before and after each grouped convolution that carries its channels.
+def _tensors_with_history(outputs: Any) -> Any:
+    found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    return found or outputs
 
-    torch-pruning sees two sides in such a convolution, unless it is depthwise; here they are one.
+
+def merged(model: nn.Module, groups: Iterable[TracedGroup]) -> list[TracedGroup]:
+    """Merge the groups that were found on several paths, and those around grouped convolutions.
+
+    torch-pruning sees two sides in a grouped convolution that carries its channels, unless it is depthwise;
+    here they are one.
 
     Args:
         model: The model that was traced.
         groups: Its groups.
     """
-    merged: list[TracedGroup] = []
+    found: list[TracedGroup] = []
     for group in groups:
-        carriers = _carriers(model, group)
-        together = [other for other in merged if carriers & _carriers(model, other)]
-        merged = [other for other in merged if other not in together]
+        shared = _carriers(model, group) | {*group.makers}
+        together = [other for other in found if shared & (_carriers(model, other) | {*other.makers})]
+        found = [other for other in found if other not in together]
         parts = [*together, group]
-        merged.append(
+        found.append(
             TracedGroup(
-                makers=tuple(name for part in parts for name in part.makers),
+                makers=tuple(dict.fromkeys(name for part in parts for name in part.makers)),
                 sides=frozenset().union(*(part.sides for part in parts)),
                 ties=tuple(tie for part in parts for tie in part.ties),
                 fault=next((part.fault for part in parts if part.fault), ""),
             )
         )
-    return merged
+    return found
 
 
 def _carriers(model: nn.Module, group: TracedGroup) -> set[str]:

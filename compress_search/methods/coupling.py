@@ -17,13 +17,21 @@ from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compress_search.methods.channel_tracing import Channel, TracedGroup, merged_by_carriers, trace_channels
+from compress_search.fingerprint import seeded
+from compress_search.methods.channel_tracing import (
+    Channel,
+    TracedGroup,
+    layers_of_training_alone,
+    merged,
+    trace_channels,
+)
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import (
     CONVOLUTIONS,
     COUNTED_LAYERS,
     TRANSPOSED_CONVOLUTIONS,
     inference_mode_of,
+    training_paths_of,
 )
 from compress_search.surgery import SIDES, carries_channels, channel_count, chunks
 
@@ -38,11 +46,13 @@ class Member:
         layer: The module's name.
         side: ``"inputs"`` (it consumes the channels) or ``"outputs"`` (it makes or carries them).
         blocks: For each block of the group, the module's channels that belong to it; all of one width.
+        idle: Whether the module runs in training alone, as an auxiliary head does. It is cut along.
     """
 
     layer: str
     side: str
     blocks: Blocks
+    idle: bool = False
 
     @property
     def width(self) -> int:
@@ -69,8 +79,8 @@ class CoupledGroup:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        """The members that mix the channels into new ones."""
-        return tuple(member for member in self.members if member.side == "inputs")
+        """The members that mix the channels into new ones, those that run in training alone aside."""
+        return tuple(member for member in self.members if member.side == "inputs" and not member.idle)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection
     """Find every group of channels that can be pruned.
 
     The groups are tried: without their first blocks the network must run, and give exactly what it gives
-    when nothing listens to those channels. A group for which that does not hold is left alone.
+    when nothing listens to those channels. A group for which that does not hold is left alone. Where layers
+    run in training alone, it must run on the paths of training too; what only they make is left as it is.
 
     Args:
         model: The model. It is not changed.
@@ -102,17 +113,19 @@ def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection
     """
     groups: list[CoupledGroup] = []
     reasons: dict[str, str] = {}
-    for traced in merged_by_carriers(model, trace_channels(model, example_input)):
-        asked = [name for name in traced.makers if name in ignore]
-        found = f"you asked to leave {asked[0]} alone" if asked else _as_group(model, traced)
+    idle = layers_of_training_alone(model, example_input)
+    for traced in merged(model, trace_channels(model, example_input, in_training=bool(idle))):
+        makers = [name for name in traced.makers if name not in idle]
+        asked = [name for name in makers if name in ignore]
+        found = f"you asked to leave {asked[0]} alone" if asked else _as_group(model, traced, idle)
         if isinstance(found, str):
-            reasons |= dict.fromkeys(traced.makers, found)
-        else:
+            reasons |= dict.fromkeys(makers, found)
+        elif makers:
             groups.append(found)
     working = []
-    for group, fault in _tried(model, _probe(example_input), groups):
+    for group, fault in _tried(model, _probe(example_input), groups, in_training=bool(idle)):
         if fault:
-            made = [member.layer for member in group.members if member.side == "outputs"]
+            made = [member.layer for member in group.members if member.side == "outputs" and not member.idle]
             reasons |= {n: fault for n in made if isinstance(model.get_submodule(n), COUNTED_LAYERS)}
         else:
             working.append(group)
@@ -150,7 +163,7 @@ def keep_blocks(
     return tuple(edits)
 
 
-def _as_group(model: nn.Module, traced: TracedGroup) -> CoupledGroup | str:
+def _as_group(model: nn.Module, traced: TracedGroup, idle: Collection[str]) -> CoupledGroup | str:
     """Turn tied channels into blocks, or say why they cannot be pruned.
 
     Channels belong to one block if a chain of ties joins them. Chunks that must stay equally wide are tied
@@ -182,9 +195,11 @@ def _as_group(model: nn.Module, traced: TracedGroup) -> CoupledGroup | str:
         return "all its channels hang together"
     order = sorted(range(len(blocks)), key=lambda block: members[0][2][block])
     return CoupledGroup(
-        name=next(layer for layer, side, _ in members if side == "outputs"),
+        # Idle makers aside, unless there is none but such.
+        name=min((m for m in members if m[1] == "outputs"), key=lambda member: member[0] in idle)[0],
         members=tuple(
-            Member(layer, side, tuple(tuple(own[block]) for block in order)) for layer, side, own in members
+            Member(layer, side, tuple(tuple(own[block]) for block in order), layer in idle)
+            for layer, side, own in members
         ),
     )
 
@@ -219,7 +234,7 @@ def _probe(example_input: Tensor) -> Tensor:
 
 
 def _tried(
-    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]
+    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], *, in_training: bool
 ) -> list[tuple[CoupledGroup, str]]:
     """Try many groups at once, and one by one only if that fails.
 
@@ -228,10 +243,12 @@ def _tried(
     tried: list[tuple[CoupledGroup, str]] = []
     for renormalised in (False, True):
         alike = [group for group in groups if _is_renormalised(model, group) is renormalised]
-        if not alike or not _fault_without_first_blocks(model, example, alike):
+        if not alike or not _fault_without_first_blocks(model, example, alike, in_training):
             tried += [(group, "") for group in alike]
         else:
-            tried += [(group, _fault_without_first_blocks(model, example, [group])) for group in alike]
+            tried += [
+                (group, _fault_without_first_blocks(model, example, [group], in_training)) for group in alike
+            ]
     return tried
 
 
@@ -241,8 +258,10 @@ def _is_renormalised(model: nn.Module, group: CoupledGroup) -> bool:
     return any(isinstance(module, nn.LayerNorm | nn.GroupNorm) for module in modules)
 
 
-def _fault_without_first_blocks(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str:
-    """What goes wrong when the first block of each group is removed."""
+def _fault_without_first_blocks(
+    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], in_training: bool
+) -> str:
+    """What goes wrong when the first block of each group is removed; ``in_training``, in training too."""
     edits = keep_blocks(model, groups, {group.name: range(1, group.size) for group in groups})
     step = PlanStep(method="channel_pruning", mac_ratio=1.0, edits=edits)
     try:
@@ -257,13 +276,31 @@ def _fault_without_first_blocks(model: nn.Module, example: Tensor, groups: Seque
             _silence(silenced.get_submodule(member.layer), member.blocks[0])
     with inference_mode_of(silenced):
         wanted = silenced(example)
-    if tree_map_only(Tensor, lambda t: t.shape, after) != tree_map_only(Tensor, lambda t: t.shape, wanted):
+    if _shapes_of(after) != _shapes_of(wanted):
         return "it makes the network's output"
+    if in_training:
+        try:
+            changed = _shapes_of(_outputs_in_training(pruned, example))
+        except Exception as error:
+            return (
+                f"without one of its channels the network fails in training ({type(error).__name__}: {error})"
+            )
+        if changed != _shapes_of(_outputs_in_training(silenced, example)):
+            return "it makes the network's output in training"
     # Normalisation across channels changes with what it normalises over, and rightly so.
     renormalised = any(_is_renormalised(model, group) for group in groups)
     if renormalised or all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
         return ""
     return "its channels are tied in a way that torch-pruning's graph does not show"
+
+
+def _shapes_of(outputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.shape, outputs)
+
+
+def _outputs_in_training(model: nn.Module, example: Tensor) -> Any:
+    with torch.no_grad(), seeded(0), training_paths_of(model):
+        return model(example)
 
 
 def _silence(consumer: nn.Module, channels: Collection[int]) -> None:

@@ -14,7 +14,7 @@ from compress_search.exceptions import ModelError
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_of
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import factorise
-from compress_search.methods.method import Compressed, Imitation, Sizes, Unit
+from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile
@@ -53,8 +53,9 @@ class FactorisationAnalysis:
 
     @cached_property
     def left_alone(self) -> Mapping[str, str]:
-        """Counted layers that are not factorised, each with its reason."""
-        return {name: found for name, found in self._found.items() if isinstance(found, str)}
+        """Layers that are not factorised, each with its reason."""
+        reasons = {name: found for name, found in self._found.items() if isinstance(found, str)}
+        return reasons | {layer.name: DID_NOT_RUN for layer in self.profile.idle}
 
     def size_at(self, unit: Unit, share: float) -> int | None:
         """The largest rank that costs at most ``share`` of the dense layer's MACs."""

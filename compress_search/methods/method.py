@@ -50,6 +50,10 @@ class Unit:
         return math.lcm(*(round_to // math.gcd(width, round_to) for width in self.widths))
 
 
+DID_NOT_RUN = "it did not run on the example input"
+"""Why a layer is left alone that the profile calls idle."""
+
+
 @dataclass(frozen=True)
 class Compressed:
     """What applying a method gives.
@@ -106,7 +110,7 @@ class Analysis(Protocol):
 
     @property
     def left_alone(self) -> Mapping[str, str]:
-        """The counted layers that cannot be compressed, each with its reason."""
+        """The layers of the counted kinds that cannot be compressed, each with its reason; idle ones too."""
 
     def size_at(self, unit: Unit, share: float) -> int | None:
         """The size at which a unit keeps ``share`` of what it costs, in the method's natural measure.

@@ -123,12 +123,12 @@ def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
         more = f" and {len(layers) - len(named)} more" if len(layers) > len(named) else ""
         return ", ".join(named) + more
 
-    layers = [analysis.profile.layer(name) for name in analysis.left_alone]
+    layers = [layer for layer in analysis.profile.layers if layer.name in analysis.left_alone]
     asked = [layer for layer in layers if analysis.left_alone[layer.name].startswith("you asked")]
     others = [layer for layer in layers if layer not in asked]
     outside = analysis.profile.params - sum(layer.params for layer in analysis.profile.layers)
     elsewhere = (
-        f"{outside / total:.1%} of the parameters, which no convolution or linear layer has"
+        f"{outside / total:.1%} of the parameters, which no convolution or linear layer that runs has"
         if kind == "params" and outside > 0.0005 * total
         else ""
     )

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from compress_search.calibration import divergence
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.methods import METHODS
 from compress_search.plan import CompressionPlan, apply_plan
-from compress_search.profile import profile_model
+from compress_search.profile import COUNTED_LAYERS, profile_model
 from compress_search.selection.uniform import select_uniform
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -61,6 +62,10 @@ def test_half_the_macs(method, net, samples):
     with torch.no_grad():
         assert torch.equal(replayed(inputs), outputs)
 
+    # What only training uses, such as an auxiliary head, still fits.
+    trained, wanted = compressed.model.train()(inputs), copy.deepcopy(model).train()(inputs)
+    assert [t.shape for t in tree_leaves(trained)] == [t.shape for t in tree_leaves(wanted)]
+
 
 @every_method
 @every_net
@@ -90,9 +95,11 @@ def test_data_helps(method, net):
 @every_method
 @every_net
 def test_every_counted_layer_is_a_unit_s_or_has_a_reason(method, net):
-    analysis = method.analyse(zoo.build(net), EXAMPLE)
+    model = zoo.build(net)
+    analysis = method.analyse(model, EXAMPLE)
     sized = {layer for unit in analysis.units for layer in unit.layers}
-    assert {layer.name for layer in analysis.profile.layers} == sized | set(analysis.left_alone)
+    counted = {name for name, module in model.named_modules() if isinstance(module, COUNTED_LAYERS)}
+    assert counted == sized | set(analysis.left_alone)
     assert all(analysis.left_alone.values())
 
 

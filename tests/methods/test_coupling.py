@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from compress_search.exceptions import ModelError
+from compress_search.fingerprint import model_fingerprint
 from compress_search.methods.coupling import find_coupling, keep_blocks
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -156,3 +157,73 @@ def test_the_model_is_not_changed():
     model.one.weight.requires_grad_(False)
     find_coupling(model, EXAMPLE)
     assert model.training and not model.one.weight.requires_grad and model.one.weight.grad is None
+
+
+class Auxiliary(nn.Module):
+    """Both heads listen to the body; the second one runs in training alone."""
+
+    def __init__(self, *, fixed_width: bool = False) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1)
+        self.aux, self.norm, self.aux_head = nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)
+        self.head, self.fixed_width = nn.Conv2d(6, 2, 1), fixed_width
+
+    def forward(self, x):
+        shallow = self.stem(x)
+        main = self.head(self.body(shallow))
+        if not self.training:
+            return main
+        if self.fixed_width:
+            shallow = shallow * torch.ones(1, 4, 1, 1)
+        return {"main": main, "auxiliary": self.aux_head(torch.relu(self.norm(self.aux(shallow))))}
+
+
+def test_a_head_that_runs_in_training_alone_is_cut_along():
+    model = Auxiliary()
+    stem, body = find_coupling(model, EXAMPLE).groups
+    assert _members(stem) == {("stem", "outputs"), ("body", "inputs"), ("aux", "inputs")}
+    assert [(member.layer, member.idle) for member in stem.members] == [
+        ("stem", False),
+        ("body", False),
+        ("aux", True),
+    ]
+    # It has no say in which channels stay, for nothing is known of its inputs.
+    assert [member.layer for member in stem.consumers] == ["body"]
+    assert _members(body) == {("body", "outputs"), ("head", "inputs")}
+
+
+def test_what_training_alone_makes_has_no_group_and_no_reason():
+    assert find_coupling(Auxiliary(), EXAMPLE).reasons == {"head": "it makes the network's output"}
+
+
+def test_a_head_of_training_that_counts_on_a_width_keeps_it():
+    coupling = find_coupling(Auxiliary(fixed_width=True), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["body"]
+    assert "the network fails in training (RuntimeError" in coupling.reasons["stem"]
+
+
+def test_the_paths_of_training_leave_statistics_modes_and_random_numbers_alone():
+    model = Auxiliary().train()
+    model.body.eval()
+    before, random = model_fingerprint(model), torch.get_rng_state()
+    find_coupling(model, EXAMPLE)
+    assert model_fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training and model.norm.training and not model.body.training
+
+
+class WithTargets(nn.Module):
+    """In training, detectors want targets: what they run there cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x, targets=None):
+        if self.training:
+            assert targets is not None
+        return self.head(self.stem(x))
+
+
+def test_a_model_that_wants_more_than_inputs_in_training_is_traced_in_evaluation():
+    assert [group.name for group in find_coupling(WithTargets(), EXAMPLE).groups] == ["stem"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -170,6 +172,34 @@ class SpaceToDepth(nn.Module):
         return torch.cat(boxes, dim=1).transpose(1, 2)
 
 
+class TwoOutputs(NamedTuple):
+    main: Tensor
+    auxiliary: Tensor
+
+
+class Auxiliary(nn.Module):
+    """GoogLeNet's second classifier, which runs in training alone: with it, the output is a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.body = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.aux = nn.Sequential(
+            nn.Conv2d(20, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+        self.aux_head = nn.Linear(16, 5)
+        self.tail, self.head = nn.Conv2d(12, 10, 3, padding=1), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor | TwoOutputs:
+        shallow = torch.relu(self.bn(self.stem(x)))
+        deep = torch.relu(self.body(shallow))
+        main = self.head(torch.relu(self.tail(deep)).mean(dim=(2, 3)))
+        if not self.training:
+            return main
+        both = torch.cat([functional.max_pool2d(shallow, 2), deep], dim=1)
+        return TwoOutputs(main, self.aux_head(self.aux(both)))
+
+
 ZOO: dict[str, type[nn.Module]] = {
     net.__name__: net
     for net in (
@@ -181,6 +211,7 @@ ZOO: dict[str, type[nn.Module]] = {
         Grouped,
         Shuffled,
         SpaceToDepth,
+        Auxiliary,
     )
 }
 EXAMPLE_SHAPE = (1, 3, 16, 16)
