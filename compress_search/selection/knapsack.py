@@ -4,8 +4,11 @@ A dynamic programme over the few choices that can be part of an optimum. Which t
 tells (Dyer 1984; Pisinger 1995, *A minimal algorithm for the multiple-choice knapsack problem*): for a price
 of the cost, each choice has a *regret*, what it is worse than the best of its class at that price. The
 regrets of a solution add up to what its loss is above the dual bound, so no choice matters whose regret
-alone exceeds what some known solution is above it. On 60 classes of up to 512 choices this takes some tens of
-milliseconds, where HiGHS (``scipy.optimize.milp``) takes 0.4 to 1.5 s, and adds whole numbers exactly.
+alone exceeds what some known solution is above it.
+
+Measured on 72 random tables of resnet18 and resnet50 (20 and 53 layers, 5,400 and 12,400 ranks): 0.1 s, at
+most 0.8 s, and within 0.05 % of the optimum. On 60 made-up classes of 6,000 to 8,600 choices it took 0.1 s at
+most where HiGHS (``scipy.optimize.milp``) took 0.6 to 2.1 s; and it adds whole numbers exactly.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from compress_search.selection.curves import Floats
 
 _PRICES = 60
 """Bisections for the price."""
-_MOST_PARTIAL = (100, 10_000)
-"""Partial solutions that are followed, in a first round that finds a good solution and in one that proves it.
-
-If there are more in the second, only the best are followed, and nothing is proven."""
+_FOLLOWED = 100
+"""Partial solutions that are followed in a first round, which finds a good solution."""
+_MOST_FOLLOWED = 10_000
+"""Likewise in a second, which proves it. If there are more, the best are followed, and nothing is proven."""
+_MOST_PAIRS = 300_000
+"""Pairs of a partial solution and a choice that are looked at for one class; for the sake of time."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Packing:
     bound: float
 
 
-def pack(costs: Integers, losses: Floats, budget: int, *, gap: float = 0.0) -> Packing:
+def pack(costs: Integers, losses: Floats, budget: int, *, gap: float = 0.0, prove: bool = True) -> Packing:
     """Choose one of each class.
 
     Args:
@@ -48,10 +53,11 @@ def pack(costs: Integers, losses: Floats, budget: int, *, gap: float = 0.0) -> P
         losses: ``(classes, choices)``, infinite where a class has no such choice. Each class has one.
         budget: The highest total cost; the cheapest choices together keep within it.
         gap: By how much the loss may be above the least possible, relative to it. More is faster.
+        prove: Whether to go on when a good solution was found, until it is within the gap.
 
     Returns:
-        A solution within the gap, unless so many solutions are nearly as good as each other that not all
-        could be followed.
+        A solution; within the gap, if that is to be proven, unless so many solutions are nearly as good as
+        each other that not all could be followed.
     """
     price, picked = _lowest_price(costs, losses, budget)
     picked = _improved(picked, costs, losses, budget)
@@ -59,7 +65,7 @@ def pack(costs: Integers, losses: Floats, budget: int, *, gap: float = 0.0) -> P
     best = valued.min(axis=1)
     bound = float(best.sum() - price * budget)
     loss = _total(losses, picked)
-    for most in _MOST_PARTIAL:
+    for most in (_FOLLOWED, _MOST_FOLLOWED) if prove else (_FOLLOWED,):
         # Only what is better than the best solution by more than the gap is worth finding.
         limit = loss / (1 + gap / 2) - bound
         if limit <= 0:
@@ -144,7 +150,7 @@ def _among_partial(
     most_left = sum(int(costs[place, choices[place]].max()) for place in order)
     spent, regret = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps: list[tuple[int, Integers, Integers]] = []
-    for place in order:
+    for place, following in zip(order, [*order[1:], order[-1]], strict=True):
         own = choices[place]
         least_left -= int(costs[place, own].min())
         most_left -= int(costs[place, own].max())
@@ -160,8 +166,9 @@ def _among_partial(
         if alike > 0 and len(kept):
             loss = new_regret[kept] - price * new_spent[kept]
             kept = kept[np.sort(np.unique(np.floor(loss / alike), return_index=True)[1])]
-        if len(kept) > most:
-            kept = kept[np.sort(np.argpartition(new_regret[kept], most)[:most])]
+        room = min(most, _MOST_PAIRS // len(choices[following]))
+        if len(kept) > room:
+            kept = kept[np.sort(np.argpartition(new_regret[kept], room)[:room])]
         if not len(kept):
             return None
         spent, regret = new_spent[kept], new_regret[kept]

@@ -2,7 +2,7 @@
 
 The loss of the whole is predicted as the sum of the units' losses (:mod:`compress_search.selection.curves`).
 Where each unit costs for itself, which factorised layers do, this is a multiple-choice knapsack over all
-sizes, solved as in :mod:`compress_search.selection.knapsack`. Coupled channels cost by products: what one
+sizes, solved by :mod:`compress_search.selection.knapsack`. Coupled channels cost by products: what one
 group costs depends on what its neighbours keep. There the cost is taken as a sum around some sizes, the
 knapsack moves as far from them as that is nearly true, and so on from where it got to; in the end, single
 units move and pairs of them exchange steps at their exact cost.
@@ -146,7 +146,13 @@ def _packed(
     left = budget - int(cost.of_rows(row[None])[0]) - int(cheapest.sum())
     if left < 0:
         return None
-    packing = pack(np.where(np.isfinite(losses), changes - cheapest[:, None], 0), losses, left, gap=_GAP)
+    packing = pack(
+        np.where(np.isfinite(losses), changes - cheapest[:, None], 0),
+        losses,
+        left,
+        gap=_GAP,
+        prove=cost.is_separable,
+    )
     packed: Integers = options.sizes[every, packing.picked]
     return packed
 
