@@ -50,8 +50,8 @@ def fine_tune(
         What ``task.score(model)`` says of the weights that were kept.
 
     Raises:
-        TrainingError: The loss is not finite, no parameter can be trained, or the model's output cannot
-            be distilled.
+        TrainingError: The loss is not finite or cannot take what the model returns in training, no parameter
+            can be trained, or the model's output cannot be distilled.
     """
     if settings.epochs == 0:
         return task.score(model.eval())
@@ -138,11 +138,23 @@ class _Training:
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         outputs = self._model(inputs)
-        loss = self._task_loss(outputs, targets)
+        try:
+            loss = self._task_loss(outputs, targets)
+        except Exception as error:
+            if isinstance(outputs, Tensor):
+                raise
+            raise TrainingError(
+                f"In training, {type(self._model).__name__} returns a {type(outputs).__name__}, which the "
+                f"task's loss cannot take ({type(error).__name__}: {error}). Give Task(loss=...) a function "
+                "that takes what the model returns in training and what it returns in evaluation."
+            ) from error
         if self._teacher is None:
             return loss
         with inference_mode_of(self._teacher):
             taught = self._teacher(inputs)
+        if isinstance(outputs, tuple):
+            # With auxiliary heads, the main output comes first; the original is asked for that alone.
+            outputs = outputs[0]
         if not isinstance(outputs, Tensor) or not isinstance(taught, Tensor) or outputs.shape != taught.shape:
             raise TrainingError(
                 f"A model that returns a {type(outputs).__name__} cannot be distilled from an original that "

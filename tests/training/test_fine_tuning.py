@@ -325,3 +325,52 @@ def test_every_epoch_is_shown(tiny_task, tiny_net, caplog):
     first, second = caplog.messages
     assert first.startswith("epochs 1/2: accuracy 0.2500, loss ")
     assert second.startswith("epochs 2/2: accuracy 0.5000, loss ")
+
+
+# Auxiliary heads
+
+
+class WithAuxiliaryHead(nn.Module):
+    """Returns a pair in training, as GoogLeNet does."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.aux = net, nn.Linear(36, 3)
+
+    def forward(self, x):
+        return (self.net(x), self.aux(x.flatten(1))) if self.training else self.net(x)
+
+
+def loss_of_both(outputs, targets):
+    if isinstance(outputs, tuple):
+        return loss_of_both(outputs[0], targets) + 0.3 * loss_of_both(outputs[1], targets)
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+def test_an_auxiliary_head_is_trained_by_a_loss_that_takes_it(tiny_task, tiny_net, distillation):
+    task = tiny_task(model=WithAuxiliaryHead(tiny_net()), loss=loss_of_both)
+    model = task.build_model()
+    task.check(task.build_model(), torch.device("cpu"))
+    before = state_of(model)
+    settings = FineTune(epochs=4, lr=0.05, distillation=distillation)
+    score = run(model, task.build_model(), task, settings)
+    assert score > task.score(task.build_model())
+    assert not torch.equal(model.aux.weight, before["aux.weight"])
+
+
+def test_a_loss_that_cannot_take_what_training_returns_is_named(tiny_task, tiny_net):
+    task = tiny_task(model=WithAuxiliaryHead(tiny_net()))
+    with pytest.raises(
+        TrainingError, match=r"WithAuxiliaryHead returns a tuple, which the task's loss cannot"
+    ):
+        run(task.build_model(), None, task, PLAIN)
+
+
+def test_another_fault_of_the_loss_is_shown_as_it_is(tiny_task):
+    def loss(outputs, targets):
+        raise ZeroDivisionError
+
+    task = tiny_task(loss=loss)
+    with pytest.raises(ZeroDivisionError):
+        run(task.build_model(), None, task, PLAIN)
