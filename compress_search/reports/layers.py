@@ -38,8 +38,8 @@ class LayerRow:
 
     @property
     def ratio(self) -> float:
-        """MACs after / MACs before."""
-        return self.macs_after / self.macs_before
+        """MACs after / MACs before; 1 for a layer that does not run."""
+        return self.macs_after / self.macs_before if self.macs_before else 1.0
 
 
 @dataclass
@@ -124,16 +124,21 @@ def layer_table(plan: CompressionPlan, before: ModelProfile, after: ModelProfile
         after: Profile of the compressed model.
 
     Returns:
-        One row a counted layer of the original, in the order of their first call.
+        One row a counted layer of the original, in the order of their first call; then those that do not
+        run, such as an auxiliary head's.
 
     Raises:
         PlanError: The plan and the profiles are not of the same model.
     """
     histories = {layer.name: _History({layer.name: _channels_of_layer(layer)}) for layer in before.layers}
+    idle: dict[str, list[str]] = {layer.name: [] for layer in before.idle}
     for step in plan.steps:
         for edit in step.edits:
             _follow(edit, step.method, histories)
         _note_reasons(step.left_alone, step.method, histories)
+        for name in idle.keys() & step.left_alone.keys():
+            idle[name].append(f"{technique(step.method)}: {step.left_alone[name]}")
+    cut = {edit.layer for step in plan.steps for edit in step.edits}
     macs = {layer.name: layer.macs for layer in after.layers}
     rows = []
     for layer in before.layers:
@@ -154,6 +159,10 @@ def layer_table(plan: CompressionPlan, before: ModelProfile, after: ModelProfile
                 left_alone="; ".join(history.reasons),
             )
         )
+    for layer in before.idle:
+        done = "channels cut along" if layer.name in cut else ""
+        reasons = "; ".join(idle[layer.name])
+        rows.append(LayerRow(layer.name, layer.kind, done, macs_before=0, macs_after=0, left_alone=reasons))
     return tuple(rows)
 
 

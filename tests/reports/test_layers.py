@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.exceptions import PlanError
+from compress_search.methods import METHODS
 from compress_search.plan import CompressionPlan, FactoriseLayer, KeepChannels, Part, PlanStep, apply_plan
 from compress_search.profile import ModelProfile, profile_model
 from compress_search.reports.layers import LayerRow, layer_table, total_row
+from compress_search.selection.uniform import select_uniform
 
 
 class Net(nn.Module):
@@ -150,3 +152,37 @@ def test_a_pointwise_layer_under_spatial_svd_is_said_to_be_the_weight_svd() -> N
     edit = FactoriseLayer("conv2", 3, (Part("reduce", "Conv2d", reduce), Part("expand", "Conv2d", expand)))
     row = _table(PlanStep(method="spatial_svd", mac_ratio=0.9, edits=(edit,)))["conv2"]
     assert row.done == "weight SVD of a 1x1 kernel, rank 3"
+
+
+class WithHeadOfTraining(nn.Module):
+    """A transposed convolution, a pointwise one, and a head that runs in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix = nn.ConvTranspose2d(3, 8, 2, stride=2), nn.Conv2d(8, 12, 1)
+        self.head, self.aux = nn.Conv2d(12, 5, 3), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        x = torch.relu(self.mix(torch.relu(self.up(x))))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_the_reasons_of_the_methods_reach_the_table() -> None:
+    model, example = WithHeadOfTraining().eval(), torch.randn(1, 3, 6, 6)
+    before, plan = profile_model(model, example), CompressionPlan()
+    for name in ("spatial_svd", "channel_pruning"):
+        compressed_so_far = apply_plan(model, plan)
+        analysis = METHODS[name].analyse(compressed_so_far, example)
+        plan = plan.then(analysis.apply(select_uniform(analysis, 0.6), []).step)
+    compressed = apply_plan(model, plan)
+    rows = {row.layer: row for row in layer_table(plan, before, profile_model(compressed, example))}
+    assert list(rows) == ["up", "mix", "head", "aux"]
+    assert "weight SVD of a 1x1 kernel, rank" in rows["mix"].done
+    assert "weight_svd can factorise a ConvTranspose2d" in rows["up"].left_alone
+    assert rows["head"].left_alone == "channel pruning: it makes the network's output"
+    aux = rows["aux"]
+    assert (aux.macs_before, aux.macs_after, aux.ratio) == (0, 0, 1.0)
+    assert aux.done == "channels cut along"
+    assert aux.left_alone.startswith(
+        "spatial SVD: it did not run on the example input; channel pruning: it did"
+    )
