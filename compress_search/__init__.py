@@ -11,17 +11,21 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress_search.compression import compress, measure_sensitivity
     from compress_search.exceptions import CompressSearchError
     from compress_search.plan import CompressionPlan, apply_plan
     from compress_search.profile import ModelProfile, profile_model
     from compress_search.recipe import Compress, FineTune, Recipe
     from compress_search.results import Candidate, ParetoFront
     from compress_search.search.study import CompressionStudy, create_study, load_study
+    from compress_search.selection.table import SensitivityTable
     from compress_search.task import Task, accuracy
 
 __version__ = metadata.version("compress-search")
 
 _HOMES = {
+    "compress": "compression",
+    "measure_sensitivity": "compression",
     "CompressSearchError": "exceptions",
     "CompressionPlan": "plan",
     "apply_plan": "plan",
@@ -35,6 +39,7 @@ _HOMES = {
     "CompressionStudy": "search.study",
     "create_study": "search.study",
     "load_study": "search.study",
+    "SensitivityTable": "selection.table",
     "Task": "task",
     "accuracy": "task",
 }
@@ -49,11 +54,14 @@ __all__ = [
     "ModelProfile",
     "ParetoFront",
     "Recipe",
+    "SensitivityTable",
     "Task",
     "accuracy",
     "apply_plan",
+    "compress",
     "create_study",
     "load_study",
+    "measure_sensitivity",
     "profile_model",
 ]
 

@@ -76,7 +76,7 @@ def compress(
         batches: Unlabelled calibration inputs, each ``(batch, ...)``; empty for the data-free mode.
         stage: What to do. Its ``samples`` is of no effect: all batches are used.
         score: Evaluates a model, higher is better; for ``sensitivity="score"``.
-        table: A table that :func:`sensitivity_table` measured of this model; measured anew where it is
+        table: A table that :func:`measure_sensitivity` measured of this model; measured anew where it is
             needed and ``None``.
         progress: Where to show what takes long.
 
@@ -92,6 +92,37 @@ def compress(
     source = TableSource(batches, score=score, progress=progress)
     sizes = choose_sizes(analysis, stage, source, table=table)
     return apply(analysis, sizes, batches)
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    example_input: Tensor,
+    batches: Sequence[Tensor],
+    stage: Compress,
+    *,
+    score: Score | None = None,
+    progress: Progress | None = None,
+) -> SensitivityTable:
+    """Measure how much the output suffers when each layer, or group of channels, alone is compressed.
+
+    Args:
+        model: The trained model. It is not changed.
+        example_input: ``(batch, ...)``, something ``model(example_input)`` accepts.
+        batches: Unlabelled calibration inputs, each ``(batch, ...)``.
+        stage: The method, and how to measure. Its ratio is of no effect.
+        score: Evaluates a model, higher is better; for ``sensitivity="score"``.
+        progress: Where to show it.
+
+    Returns:
+        A table for :func:`compress`, at any ratio; ``table.to_dataframe()`` shows it.
+
+    Raises:
+        ConfigError: ``sensitivity="score"`` without a score.
+        EvaluationError: The score failed at a cell.
+        ModelError: The model cannot be analysed, or its weights or activations are not finite.
+    """
+    source = TableSource(batches, score=score, progress=progress)
+    return sensitivity_table(analyse(model, example_input, stage), stage, source)
 
 
 def analyse(model: nn.Module, example_input: Tensor, stage: Compress) -> Analysis:
@@ -127,7 +158,7 @@ def choose_sizes(
             [
                 "The sensitivity table was measured on another model, method or selection of layers: its "
                 f"fingerprint is {table.fingerprint!r}, and here it would be "
-                f"{fingerprint_of(analysis, stage)!r}. Measure it again with sensitivity_table."
+                f"{fingerprint_of(analysis, stage)!r}. Measure it again with measure_sensitivity."
             ]
         )
     request = SelectionRequest(

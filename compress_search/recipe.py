@@ -10,6 +10,10 @@ from typing import Any
 
 from compress_search.exceptions import ConfigError, RatioError
 
+COSTS = ("macs", "params")
+SENSITIVITIES = ("divergence", "score")
+ON_CELL_ERROR = ("stop", "skip")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compress:
@@ -51,7 +55,7 @@ class Compress:
     def __post_init__(self) -> None:
         # JSON has no tuples.
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        if faults := kept_channels_faults(self.keep_channels):
+        if faults := compress_faults(self):
             raise ConfigError(faults, source="compress")
         object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
         check_ratio(self.mac_ratio, what=f"mac_ratio of {self.method}")
@@ -141,6 +145,44 @@ def stage_to_dict(stage: Stage) -> dict[str, Any]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def compress_faults(settings: Any) -> list[str]:
+    """Say what is wrong with the settings of :class:`Compress`, or of others that have the same names.
+
+    Only the fields that ``settings`` has are looked at; model, methods and selectors are not.
+    """
+    s = settings
+    checks = [
+        ("samples", _is_count(s.samples), "0 (data-free) or more"),
+        ("scoring_samples", _is_count(s.scoring_samples) and s.scoring_samples > 0, "1 or more"),
+        ("round_to", _is_count(s.round_to) and s.round_to > 0, "1 (no rounding) or more, for example 8"),
+        ("least_share", _is_number(s.least_share) and 0 <= s.least_share < 1, "a number in [0, 1)"),
+        ("sensitivity", s.sensitivity in SENSITIVITIES, _one_of(SENSITIVITIES)),
+        ("on_cell_error", s.on_cell_error in ON_CELL_ERROR, _one_of(ON_CELL_ERROR)),
+        ("cost", getattr(s, "cost", "macs") in COSTS, _one_of(COSTS)),
+    ]
+    wrong = [(name, what) for name, good, what in checks if not good]
+    faults = [f"{name} is {getattr(s, name)!r}; it must be {what}." for name, what in wrong]
+    return faults + _share_faults(s.shares) + kept_channels_faults(s.keep_channels)
+
+
+def _share_faults(value: Any) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [f"shares is {value!r}; it must be a mapping, such as {{'layer1.*': 0.5}}."]
+    return [
+        f"shares[{name!r}] is {share!r}; it must be a number in (0, 1], what the layer keeps."
+        for name, share in value.items()
+        if not _is_number(share) or not 0 < share <= 1
+    ]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _one_of(names: Collection[str]) -> str:
+    return f"one of: {', '.join(names)}"
 
 
 def kept_channels_faults(value: Any) -> list[str]:

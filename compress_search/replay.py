@@ -7,14 +7,13 @@ those modules hand out what was kept; whatever a ``forward`` does between module
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from compress_search.profile import inference_mode_of
@@ -27,12 +26,16 @@ class _Call:
     Attributes:
         module: The module.
         output: What it gave; ``None`` until it has finished, or where nobody will ask for it.
+        changed: Arguments that it changed in place, by position, as they were afterwards.
+        returned: Position of the argument that it gave back as its output, if it did.
         after: Position in the list of calls right after this one and all calls within it; ``None`` while
             it has not finished.
     """
 
     module: nn.Module
     output: Any = None
+    changed: Mapping[int, Tensor] = field(default_factory=dict)
+    returned: int | None = None
     after: int | None = None
 
 
@@ -95,13 +98,16 @@ class Prefix:
                 return forward(*args, **kwargs)
             if call.after is not None:
                 position = call.after
-                # What follows may change it in place.
-                return _copied(call.output)
+                return _repeated(call, args)
             position += 1
             return forward(*args, **kwargs)
 
-        with _patched(self._model, replay), inference_mode_of(self._model):
-            return functional_call(self._model, dict(parameters), (self._batch,))
+        with (
+            _patched(self._model, replay),
+            _exchanged(self._model, parameters),
+            inference_mode_of(self._model),
+        ):
+            return self._model(self._batch)
 
     def _record(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if module in self._stops:
@@ -109,8 +115,15 @@ class Prefix:
         call, position = _Call(module), len(self._calls)
         self._calls.append(call)
         self._levels.append(_Level(module))
+        versions = [_version(argument) for argument in args]
         output = forward(*args, **kwargs)
         self._levels.pop()
+        call.changed = {
+            place: argument.clone()
+            for place, (argument, version) in enumerate(zip(args, versions, strict=True))
+            if _version(argument) != version
+        }
+        call.returned = next((place for place, argument in enumerate(args) if argument is output), None)
         for within in self._calls[position + 1 :]:
             # Nobody asks for what ran within a call that is skipped as a whole.
             within.output = None
@@ -128,8 +141,48 @@ def _is_chain(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward
 
 
+def _repeated(call: _Call, args: Sequence[Any]) -> Any:
+    """Do what a call did: change its arguments, and give its output, which what follows may change."""
+    for place, value in call.changed.items():
+        # Within a chain of calls that are all skipped there is nothing to change.
+        if isinstance(args[place], Tensor):
+            args[place].copy_(value)
+    if call.returned is not None and isinstance(args[call.returned], Tensor):
+        return args[call.returned]
+    return _copied(call.output)
+
+
 def _copied(output: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, output)
+
+
+def _version(argument: Any) -> int:
+    """A number that rises when a tensor is changed in place."""
+    tracked = isinstance(argument, Tensor) and not argument.is_inference()
+    return argument._version if tracked else 0
+
+
+@contextmanager
+def _exchanged(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the model other parameters, wherever they are used and under whatever names.
+
+    Not :func:`torch.func.functional_call`, which leaves a module that has two names with the other parameters
+    for good.
+    """
+    others = {model.get_parameter(name): value for name, value in parameters.items()}
+    holders = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter in others
+    ]
+    try:
+        for module, name, parameter in holders:
+            module._parameters[name] = others[parameter]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in holders:
+            module._parameters[name] = parameter
 
 
 @contextmanager

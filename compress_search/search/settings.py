@@ -10,7 +10,7 @@ from typing import Any
 
 from compress_search.exceptions import ConfigError
 from compress_search.methods import METHODS
-from compress_search.recipe import FineTune, kept_channels_faults, sorted_channels
+from compress_search.recipe import FineTune, compress_faults, sorted_channels
 from compress_search.search.sampler import SAMPLERS
 from compress_search.selection import SELECTORS
 
@@ -27,7 +27,13 @@ class SearchSettings:
         methods: One or two compression methods in the order in which they are applied, keys of
             :data:`compress_search.methods.METHODS`. The last one brings the model to the target.
         selection: How each layer's size is chosen, a key of :data:`compress_search.selection.SELECTORS`.
+        least_share: Every layer keeps at least this share of what it costs.
+        shares: For the ``manual`` selection: the share that a layer keeps, by its name or by a pattern.
         samples: Number of unlabelled calibration examples; 0 is the data-free mode.
+        sensitivity: What sensitivity tables measure: ``"divergence"`` of the outputs, without labels, or
+            ``"score"``, the drop of the task's own score.
+        scoring_samples: Number of calibration examples that the divergence is measured on.
+        on_cell_error: What to do when the score fails at one cell of a table: ``"stop"`` or ``"skip"``.
         ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
         round_to: Ranks and channels are multiples of this.
         keep_channels: Indices of output channels that no pruning removes, by the name of the layer of the
@@ -45,8 +51,13 @@ class SearchSettings:
     target: float
     tolerance: float = 0.02
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning")
-    selection: str = "uniform"
+    selection: str = "optimal"
+    least_share: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     samples: int = 512
+    sensitivity: str = "divergence"
+    scoring_samples: int = 256
+    on_cell_error: str = "stop"
     ignore: tuple[str, ...] = ()
     round_to: int = 1
     keep_channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -89,8 +100,6 @@ def _faults_of(settings: SearchSettings) -> list[str]:
     s = settings
     checks = (
         ("target", s.target, 0 < s.target < 1, "in (0, 1): the share of the MACs to keep (0.5 keeps half)"),
-        ("samples", s.samples, s.samples >= 0, "0 (data-free) or more"),
-        ("round_to", s.round_to, s.round_to >= 1, "1 (no rounding) or more, for example 8"),
         ("step", s.step, 0 < s.step < 1, "in (0, 1), for example 0.05"),
         (
             "max_drop_after_ssvd",
@@ -102,7 +111,7 @@ def _faults_of(settings: SearchSettings) -> list[str]:
     )
     faults = [f"{name} is {value!r}; it must be {what}." for name, value, good, what in checks if not good]
     faults += _tolerance_faults(s)
-    faults += kept_channels_faults(s.keep_channels)
+    faults += compress_faults(s)
     if not 1 <= len(s.methods) <= _MOST_METHODS:
         faults.append(f"methods has {len(s.methods)} names; give one or two of: {', '.join(METHODS)}.")
     faults += [f"methods names {name!r} twice." for name in sorted({*s.methods}) if s.methods.count(name) > 1]

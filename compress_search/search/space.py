@@ -8,7 +8,7 @@ trial is feasible, which free sampling under a constraint is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 
 import optuna
@@ -179,12 +179,6 @@ def _proposal(settings: SearchSettings, ratios: Sequence[float]) -> Proposal:
 
 
 def _compress(settings: SearchSettings, method: str, ratio: float) -> Compress:
-    return Compress(
-        method=method,
-        mac_ratio=ratio,
-        selection=settings.selection,
-        samples=settings.samples,
-        ignore=settings.ignore,
-        round_to=settings.round_to,
-        keep_channels=settings.keep_channels,
-    )
+    # What a stage and the settings both have has the same name and means the same.
+    shared = {field.name for field in fields(Compress)} & {field.name for field in fields(settings)}
+    return Compress(method=method, mac_ratio=ratio, **{name: getattr(settings, name) for name in shared})

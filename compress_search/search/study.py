@@ -46,8 +46,13 @@ def create_study(
     target: float,
     tolerance: float = 0.02,
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning"),
-    selection: str = "uniform",
+    selection: str = "optimal",
+    least_share: float = 0.0,
+    shares: Mapping[str, float] | None = None,
     samples: int = 512,
+    sensitivity: str = "divergence",
+    scoring_samples: int = 256,
+    on_cell_error: str = "stop",
     ignore: tuple[str, ...] = (),
     round_to: int = 1,
     keep_channels: Mapping[str, tuple[int, ...]] | None = None,
@@ -73,7 +78,12 @@ def create_study(
         tolerance: See :class:`~compress_search.search.settings.SearchSettings`; the others too.
         methods: The compression methods, in order.
         selection: How each layer's size is chosen.
+        least_share: Every layer keeps at least this share of what it costs.
+        shares: For the ``manual`` selection: shares by layer name or pattern.
         samples: Number of unlabelled calibration examples.
+        sensitivity: What sensitivity tables measure, ``"divergence"`` or ``"score"``.
+        scoring_samples: Number of calibration examples that the divergence is measured on.
+        on_cell_error: What to do when the score fails at one cell of a table: ``"stop"`` or ``"skip"``.
         ignore: Names or patterns of layers to leave alone.
         round_to: Ranks and channels are multiples of this.
         keep_channels: Indices of output channels that no pruning removes, by layer name.
@@ -101,7 +111,12 @@ def create_study(
         tolerance=tolerance,
         methods=tuple(methods),
         selection=selection,
+        least_share=least_share,
+        shares={} if shares is None else shares,
         samples=samples,
+        sensitivity=sensitivity,
+        scoring_samples=scoring_samples,
+        on_cell_error=on_cell_error,
         ignore=tuple(ignore),
         round_to=round_to,
         keep_channels={} if keep_channels is None else keep_channels,
