@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from compress_search.profile import inference_mode_of
 
-_PASS_BYTES = 2**28
-"""What the activations of one forward pass may take, one example at least."""
+_PASS_BYTES = 2**27
+"""What the activations of one forward pass may take (128 MB), or one example where that takes more."""
 
 
 @dataclass(frozen=True)
