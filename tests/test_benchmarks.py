@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import compress_search
 from compress_search.methods.channel_pruning import ChannelPruning
 from compress_search.methods.spatial_svd import SpatialSVD
 from compress_search.profile import profile_model
@@ -166,7 +167,7 @@ def test_counting_leaves_no_mark_in_a_traced_graph(peer):
 def test_requests_and_results_survive_json(cases):
     steps = (cases.Step("spatial_svd", 0.75), cases.Step("channel_pruning", 0.66))
     case = cases.Case("a", "aimet", "resnet20", steps, {"reconstruction_samples": 500}, rival="b", seed=3)
-    request = cases.Request(case, "0" * 64, 2, 1_000)
+    request = cases.Request(case, "0" * 64, 2, 1_000, "1.0")
     assert cases.Request.from_json(request.to_json()) == request
     effort = cases.Effort(1.5, 1.25, None, 7, 20.25, 0.5, "1.0")
     for result in (
@@ -232,6 +233,17 @@ def test_other_conditions_are_other_results(study, laboratory):
     lab.weights("resnet20").write_text("trained longer")
     assert run(study, lab, table=True) == {}
     assert len(ran) == 1
+
+
+def test_result_does_not_outlive_the_source_that_made_it(study, laboratory, tmp_path, monkeypatch):
+    lab, ran, _ = laboratory
+    run(study, lab, "ours-svd")
+    run(study, lab, "ours-svd")
+    assert len(ran) == 1
+    (tmp_path / "__init__.py").write_text("changed = True")
+    monkeypatch.setattr(compress_search, "__file__", str(tmp_path / "__init__.py"))
+    run(study, lab, "ours-svd")
+    assert len(ran) == 2
 
 
 def test_cases_with_a_rival_wait_for_it_and_get_its_macs(study, cases, laboratory, capsys):
@@ -301,10 +313,15 @@ def test_our_own_case_from_request_to_result(cases, real_laboratory):
     assert real_laboratory.request(beside, [result]).budget == result.macs
 
 
-def test_fault_of_a_tool_is_its_result(cases, real_laboratory):
-    case = cases.Case("lost", "no_such", "resnet20", (cases.Step("spatial_svd", 0.5),))
+def test_fault_of_a_tool_is_its_result(cases, running, real_laboratory, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "torch_pruning_peer.py").write_text(
+        "print('hello')\nraise ValueError('it broke')"
+    )
+    monkeypatch.setattr(running, "STUDIES", tmp_path)
+    case = cases.Case("lost", cases.TORCH_PRUNING, "resnet20", (cases.Step("channel_pruning", 0.5),))
     result = real_laboratory.run(real_laboratory.request(case, []))
-    assert "No module named benchmarks.no_such_peer" in result.error
+    assert result.error == "ValueError: it broke"
     assert result.accuracy is result.macs is result.effort is None
     assert real_laboratory.stored(case, []) == result
 
@@ -317,7 +334,7 @@ def test_torch_pruning_meets_the_budget(cases, networks, layers, peer, importanc
     settings = {"importance": importance, "batchnorm": True}
     case = cases.Case("tp", cases.TORCH_PRUNING, "resnet20", (cases.Step("channel_pruning", 0.5),), settings)
     images = peer.Images(torch.randn(32, 3, 32, 32), torch.randn(20, 3, 32, 32), torch.arange(20) % 10)
-    done = tool.compress(cases.Request(case, "", 1, budget), network, images)
+    done = tool.compress(cases.Request(case, "", 1, budget, ""), network, images)
     macs = layers.count_macs(done.network, SHAPE)
     assert 0.97 * budget < macs <= budget
     assert not any(module.training for module in done.network.modules() if isinstance(module, nn.BatchNorm2d))

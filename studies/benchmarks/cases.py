@@ -58,12 +58,14 @@ class Request:
         weights_hash: SHA-256 of the file of the network's weights.
         threads: How many threads the process may use.
         budget: Most MACs that the compressed network may have; ``None`` without a rival.
+        version: Of the tool. For compress_search a hash of its source, so that no result outlives the code.
     """
 
     case: Case
     weights_hash: str
     threads: int
     budget: int | None
+    version: str
 
     def to_json(self) -> str:
         """The request as text."""

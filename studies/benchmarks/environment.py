@@ -1,14 +1,19 @@
-"""Virtual environments for peers whose dependencies do not go with ours."""
+"""Where each tool runs, and in what version: virtual environments for peers that do not go with ours."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+
+import compress_search
+from benchmarks.cases import COMPRESS_SEARCH
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ AIMET = Recipe(
 
 ENVIRONMENTS: Mapping[str, Recipe] = {"aimet": AIMET}
 """The environment of each tool that does not run in ours."""
+
+
+def version_of(tool: str) -> str:
+    """What a tool's results depend on: its version, what is installed for it, or its very source."""
+    if tool in ENVIRONMENTS:
+        return " ".join(package for packages in ENVIRONMENTS[tool].installs for package in packages)
+    if tool != COMPRESS_SEARCH:
+        return metadata.version(tool)
+    source, home = hashlib.sha256(), Path(compress_search.__file__).parent
+    for path in sorted(home.rglob("*.py")):
+        source.update(f"{path.relative_to(home)}\n{path.read_text()}".encode())
+    return source.hexdigest()[:16]
 
 
 def python_of(tool: str, folder: Path) -> Path:

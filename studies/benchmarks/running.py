@@ -17,7 +17,7 @@ from cifar10_networks import BASELINES, normalised, trained, whole_batches
 from safetensors.torch import load_file, save_file
 
 from benchmarks.cases import Case, Effort, Request, Result, read_result
-from benchmarks.environment import python_of
+from benchmarks.environment import python_of, version_of
 from benchmarks.judge import Batches, RebuildError, measured, rebuilt
 from benchmarks.networks import PEER_NETWORKS, Add
 from compress_search.checkpoint import file_checksum
@@ -48,7 +48,8 @@ class Laboratory:
             budget = next((result.macs for result in rivals if result.case == case.rival), None)
             if budget is None:
                 return None
-        return Request(case, file_checksum(self.weights(case.network)), self.threads, budget)
+        checksum = file_checksum(self.weights(case.network))
+        return Request(case, checksum, self.threads, budget, version_of(case.tool))
 
     def stored(self, case: Case, rivals: Sequence[Result]) -> Result | None:
         """The result of a case that was run under these conditions."""
