@@ -218,6 +218,7 @@ def _identity(fingerprint: str, stage: Compress, source: TableSource) -> dict[st
         "samples": stage.samples,
         "sensitivity": stage.sensitivity,
         "scoring_samples": stage.scoring_samples,
+        "probes": stage.probes,
     }
 
 
@@ -225,7 +226,7 @@ def _measure(
     analysis: Analysis,
     stage: Compress,
     source: TableSource,
-    known: Mapping[tuple[str, int], float],
+    known: Mapping[tuple[str, int], Cell],
     found: Found,
 ) -> tuple[Cell, ...]:
     progress = source.progress or Progress()
@@ -242,7 +243,13 @@ def _measure(
         )
     scoring = last_samples(source.calibration, stage.scoring_samples)
     return measure_by_divergence(
-        analysis, source.calibration, scoring, known=known, found=found, progress=progress
+        analysis,
+        source.calibration,
+        scoring,
+        probes=stage.probes,
+        known=known,
+        found=found,
+        progress=progress,
     )
 
 

@@ -31,6 +31,8 @@ class Compress:
         sensitivity: What the sensitivity table measures: ``"divergence"`` of the outputs from those of the
             model that this stage gets, without labels; or ``"score"``, the drop of the task's own score.
         scoring_samples: Number of calibration examples that the divergence is measured on.
+        probes: At how many sizes of each layer the divergence is measured; the others follow from the error
+            of the layer itself.
         on_cell_error: What to do when the score fails at one cell of the table: ``"stop"`` or ``"skip"``.
         ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
         round_to: Ranks and channels are multiples of this.
@@ -46,7 +48,8 @@ class Compress:
     shares: Mapping[str, float] = field(default_factory=dict)
     samples: int = 512
     sensitivity: str = "divergence"
-    scoring_samples: int = 256
+    scoring_samples: int = 128
+    probes: int = 3
     on_cell_error: str = "stop"
     ignore: tuple[str, ...] = ()
     round_to: int = 1
@@ -156,6 +159,7 @@ def compress_faults(settings: Any) -> list[str]:
     checks = [
         ("samples", _is_count(s.samples), "0 (data-free) or more"),
         ("scoring_samples", _is_count(s.scoring_samples) and s.scoring_samples > 0, "1 or more"),
+        ("probes", _is_count(s.probes) and s.probes > 0, "1 or more"),
         ("round_to", _is_count(s.round_to) and s.round_to > 0, "1 (no rounding) or more, for example 8"),
         ("least_share", _is_number(s.least_share) and 0 <= s.least_share < 1, "a number in [0, 1)"),
         ("sensitivity", s.sensitivity in SENSITIVITIES, _one_of(SENSITIVITIES)),

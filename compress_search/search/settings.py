@@ -33,6 +33,8 @@ class SearchSettings:
         sensitivity: What sensitivity tables measure: ``"divergence"`` of the outputs, without labels, or
             ``"score"``, the drop of the task's own score.
         scoring_samples: Number of calibration examples that the divergence is measured on.
+        probes: At how many sizes of each layer the divergence is measured; the others follow from the error
+            of the layer itself.
         on_cell_error: What to do when the score fails at one cell of a table: ``"stop"`` or ``"skip"``.
         ignore: Layers to leave alone: their names, or patterns such as ``"head.*"``.
         round_to: Ranks and channels are multiples of this.
@@ -56,7 +58,8 @@ class SearchSettings:
     shares: Mapping[str, float] = field(default_factory=dict)
     samples: int = 512
     sensitivity: str = "divergence"
-    scoring_samples: int = 256
+    scoring_samples: int = 128
+    probes: int = 3
     on_cell_error: str = "stop"
     ignore: tuple[str, ...] = ()
     round_to: int = 1

@@ -51,7 +51,8 @@ def create_study(
     shares: Mapping[str, float] | None = None,
     samples: int = 512,
     sensitivity: str = "divergence",
-    scoring_samples: int = 256,
+    scoring_samples: int = 128,
+    probes: int = 3,
     on_cell_error: str = "stop",
     ignore: tuple[str, ...] = (),
     round_to: int = 1,
@@ -83,6 +84,8 @@ def create_study(
         samples: Number of unlabelled calibration examples.
         sensitivity: What sensitivity tables measure, ``"divergence"`` or ``"score"``.
         scoring_samples: Number of calibration examples that the divergence is measured on.
+        probes: At how many sizes of each layer the divergence is measured; the others follow from the error
+            of the layer itself.
         on_cell_error: What to do when the score fails at one cell of a table: ``"stop"`` or ``"skip"``.
         ignore: Names or patterns of layers to leave alone.
         round_to: Ranks and channels are multiples of this.
@@ -116,6 +119,7 @@ def create_study(
         samples=samples,
         sensitivity=sensitivity,
         scoring_samples=scoring_samples,
+        probes=probes,
         on_cell_error=on_cell_error,
         ignore=tuple(ignore),
         round_to=round_to,

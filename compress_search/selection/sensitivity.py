@@ -2,7 +2,7 @@
 
 No compressed model is built: each unit is imitated on the dense model by other parameters, and all its
 sizes share one factorisation. What runs before the unit runs once for all its sizes
-(:mod:`compress_search.replay`).
+(:mod:`compress_search.replay`). And only a few sizes of each unit are measured at all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,9 @@ logger = logging.getLogger("compress_search")
 
 CANDIDATES = 10
 """Number of shares at which each unit is looked at, its full size included."""
+
+_LEAST = 1e-12
+"""Errors and losses below this are rounding."""
 
 Score = Callable[[nn.Module], float]
 """The user's own judgement of a model; higher is better."""
@@ -51,7 +56,8 @@ def measure_by_divergence(
     calibration: Sequence[Tensor],
     scoring: Sequence[Tensor],
     *,
-    known: Mapping[tuple[str, int], float],
+    probes: int,
+    known: Mapping[tuple[str, int], Cell],
     found: Found,
     progress: Progress,
 ) -> tuple[Cell, ...]:
@@ -61,7 +67,8 @@ def measure_by_divergence(
         analysis: A method's view of the model.
         calibration: Inputs to compress with, each ``(batch, ...)``; none is the data-free mode.
         scoring: Inputs to measure the divergence on, each ``(batch, ...)``.
-        known: Losses that were measured before, by unit and size.
+        probes: At how many sizes of each unit to measure; the others are filled in, see :func:`filled_in`.
+        known: Cells that were found before, by unit and size.
         found: Told of the cells of each unit.
         progress: Where to show each unit.
 
@@ -73,15 +80,56 @@ def measure_by_divergence(
     with inference_mode_of(model):
         wanted = [model(batch) for batch in batches]
 
-    def losses(imitation: Imitation) -> dict[int, float]:
-        total = dict.fromkeys(imitation.parameters, Divergence())
+    def losses(imitation: Imitation) -> list[Cell]:
+        probed = spread(sorted(imitation.parameters), probes)
+        total = dict.fromkeys(probed, Divergence())
         for batch, target in zip(batches, wanted, strict=True):
             prefix = Prefix(model, batch, imitation.layers)
-            for size, parameters in imitation.parameters.items():
-                total[size] += divergence_of(prefix.rerun(parameters), target)
-        return {size: divergence.mean for size, divergence in total.items()}
+            for size in probed:
+                total[size] += divergence_of(prefix.rerun(imitation.parameters[size]), target)
+        return filled_in(imitation, {size: divergence.mean for size, divergence in total.items()})
 
     return _measure(analysis, calibration, losses, known=known, found=found, progress=progress)
+
+
+def spread(sizes: Sequence[int], number: int) -> list[int]:
+    """Take so many of the sizes, evenly, the ends of the list less often than its middle."""
+    count = min(number, len(sizes))
+    return [sizes[int((place + 0.5) * len(sizes) / count)] for place in range(count)]
+
+
+def filled_in(imitation: Imitation, losses: Mapping[int, float]) -> list[Cell]:
+    """Make cells of all sizes from the losses at some.
+
+    The *shape* of the loss over the sizes is known without running the model: it nearly follows a power of
+    the squared error of the compressed layers, which the factorisation gives at every size. So between
+    measured sizes, the logarithm of the loss is interpolated linearly over the logarithm of the error, and
+    beyond them extrapolated with the slope of the nearest two; of one measured size alone, with the slope 1.
+
+    Args:
+        imitation: The unit, with its errors.
+        losses: Measured losses by size; at least one.
+    """
+    by_error = sorted((math.log(max(imitation.errors[size], _LEAST)), losses[size]) for size in losses)
+    errors = np.array([error for error, _ in by_error])
+    heights = np.log(np.maximum([loss for _, loss in by_error], _LEAST))
+    cells = []
+    for size, error in imitation.errors.items():
+        if size in losses:
+            cells.append(Cell(imitation.unit, size, losses[size]))
+            continue
+        height = _extended(math.log(max(error, _LEAST)), errors, heights)
+        cells.append(Cell(imitation.unit, size, math.exp(height), measured=False))
+    return cells
+
+
+def _extended(at: float, known: npt.NDArray[np.float64], heights: npt.NDArray[np.float64]) -> float:
+    """Interpolate, and extrapolate with the slope of the nearest two points, or 1."""
+    first = int(np.clip(np.searchsorted(known, at) - 1, 0, max(len(known) - 2, 0)))
+    last = min(first + 1, len(known) - 1)
+    width = known[last] - known[first]
+    slope = (heights[last] - heights[first]) / width if width > 0 else 1.0
+    return float(heights[first] + slope * (at - known[first]))
 
 
 def measure_by_score(
@@ -90,7 +138,7 @@ def measure_by_score(
     score: Score,
     *,
     on_error: str,
-    known: Mapping[tuple[str, int], float],
+    known: Mapping[tuple[str, int], Cell],
     found: Found,
     progress: Progress,
 ) -> tuple[Cell, ...]:
@@ -102,7 +150,7 @@ def measure_by_score(
         score: Evaluates a model; higher is better.
         on_error: What to do when the score of a cell fails or is not finite: ``"stop"`` raises, and keeps
             what was measured; ``"skip"`` goes on without the cell.
-        known: Losses that were measured before, by unit and size.
+        known: Cells that were found before, by unit and size.
         found: Told of each cell.
         progress: Where to show each unit.
 
@@ -115,14 +163,16 @@ def measure_by_score(
     model = copy.deepcopy(analysis.model).eval()
     whole = score(model)
 
-    def losses(imitation: Imitation) -> dict[int, float]:
-        measured: dict[int, float] = {}
+    def losses(imitation: Imitation) -> list[Cell]:
+        measured = []
         for size, parameters in imitation.parameters.items():
             if (imitation.unit, size) in known:
                 continue
             before = _exchange(model, parameters)
             try:
-                measured[size] = whole - _finite_score(score, model)
+                cell = Cell(imitation.unit, size, whole - _finite_score(score, model))
+                measured.append(cell)
+                found([cell])
             except Exception as error:
                 fault = (
                     f"The score of the cell {imitation.unit!r} at size {size} failed: "
@@ -136,8 +186,6 @@ def measure_by_score(
                 logger.warning("%s It is left out of the table.", fault)
             finally:
                 _exchange(model, before)
-            if size in measured:
-                found([Cell(imitation.unit, size, measured[size])])
         return measured
 
     return _measure(analysis, calibration, losses, known=known, found=lambda _: None, progress=progress)
@@ -146,15 +194,17 @@ def measure_by_score(
 def cells_of_errors(analysis: Analysis) -> tuple[Cell, ...]:
     """All cells without any data: the relative errors of the compressed layers stand for the losses."""
     imitations = analysis.imitations(_all_sizes(analysis), [])
-    return tuple(Cell(i.unit, size, error) for i in imitations for size, error in i.errors.items())
+    return tuple(
+        Cell(i.unit, size, error, measured=False) for i in imitations for size, error in i.errors.items()
+    )
 
 
 def _measure(
     analysis: Analysis,
     calibration: Sequence[Tensor],
-    losses: Callable[[Imitation], Mapping[int, float]],
+    losses: Callable[[Imitation], Sequence[Cell]],
     *,
-    known: Mapping[tuple[str, int], float],
+    known: Mapping[tuple[str, int], Cell],
     found: Found,
     progress: Progress,
 ) -> tuple[Cell, ...]:
@@ -163,13 +213,11 @@ def _measure(
     cells = dict(known)
     with progress.bar("sensitivity", len(sizes), done=len(sizes) - len(wanted)) as advance:
         for imitation in analysis.imitations(wanted, calibration) if wanted else ():
-            measured = [Cell(imitation.unit, size, loss) for size, loss in losses(imitation).items()]
-            found(measured)
-            cells |= {(cell.unit, cell.size): cell.loss for cell in measured}
-            advance(f"{imitation.unit}, {len(measured)} sizes")
-    return tuple(
-        Cell(name, size, cells[name, size]) for name in sizes for size in sizes[name] if (name, size) in cells
-    )
+            new = losses(imitation)
+            found(new)
+            cells |= {(cell.unit, cell.size): cell for cell in new}
+            advance(f"{imitation.unit}, {len(new)} sizes")
+    return tuple(cells[name, size] for name in sizes for size in sizes[name] if (name, size) in cells)
 
 
 def _all_sizes(analysis: Analysis) -> dict[str, tuple[int, ...]]:

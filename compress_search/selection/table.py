@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ class Cell:
         size: Its rank or number of blocks.
         loss: What the output lost: the mean divergence on the scoring samples (nats per sample for
             classifiers), or the drop of the user's own score.
+        measured: Whether the loss was measured, or follows from the measured ones of the same unit; see
+            :func:`compress_search.selection.sensitivity.filled_in`.
     """
 
     unit: str
     size: int
     loss: float
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,28 +68,19 @@ class SensitivityTable:
         return self._by_unit[unit]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a cell, with the columns ``unit`` (text), ``size`` (whole number) and ``loss``."""
-        columns = {"unit": "string", "size": "int64", "loss": "float64"}
-        rows = [(cell.unit, cell.size, cell.loss) for cell in self.cells]
+        """One row a cell, with its columns ``unit``, ``size``, ``loss`` and ``measured``, each of one type."""
+        columns = {"unit": "string", "size": "int64", "loss": "float64", "measured": "bool"}
+        rows = [(cell.unit, cell.size, cell.loss, cell.measured) for cell in self.cells]
         return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON-able values."""
-        curves = {
-            unit: {"sizes": list(losses), "losses": list(losses.values())}
-            for unit, losses in self._by_unit.items()
-        }
-        return {"fingerprint": self.fingerprint, "units": curves}
+        return {"fingerprint": self.fingerprint, "cells": [asdict(cell) for cell in self.cells]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SensitivityTable:
         """Read what :meth:`to_dict` wrote."""
-        cells = tuple(
-            Cell(unit, size, loss)
-            for unit, curve in value["units"].items()
-            for size, loss in zip(curve["sizes"], curve["losses"], strict=True)
-        )
-        return cls(cells, value["fingerprint"])
+        return cls(tuple(Cell(**cell) for cell in value["cells"]), value["fingerprint"])
 
     def save(self, path: Path | str) -> None:
         """Write the table as JSON, or, to a path that ends in ``.csv``, its cells as CSV."""

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,19 @@ class TableStore:
         """The file of one table, whether it exists or not."""
         return self.workspace.tables / f"{content_hash(identity)}.jsonl"
 
-    def cells(self, identity: Identity) -> dict[tuple[str, int], float]:
-        """The losses that were measured so far, by unit and size."""
+    def cells(self, identity: Identity) -> dict[tuple[str, int], Cell]:
+        """The cells that were stored so far, by unit and size."""
         file = self.file(identity)
         if not file.exists():
             return {}
-        known, damaged = {}, 0
+        known: dict[tuple[str, int], Cell] = {}
+        damaged = 0
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             cell = _cell_of(line)
             if cell is None:
                 damaged += 1
             else:
-                known[cell.unit, cell.size] = cell.loss
+                known[cell.unit, cell.size] = cell
         if damaged:
             logger.warning(
                 "%d lines of the sensitivity table %s are torn or damaged. Their cells are measured again.",
@@ -94,7 +95,7 @@ class TableStore:
 
 
 def _line_of(cell: Cell) -> str:
-    value = {"unit": cell.unit, "size": cell.size, "loss": cell.loss}
+    value = asdict(cell)
     return json.dumps(value | {"checksum": content_hash(value)})
 
 

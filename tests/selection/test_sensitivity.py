@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from compress_search.compression import (
     sensitivity_table,
 )
 from compress_search.exceptions import ConfigError, EvaluationError, WorkspaceError
+from compress_search.methods.method import Imitation
 from compress_search.profile import profile_model
 from compress_search.recipe import Compress
 from compress_search.selection import sensitivity
@@ -78,8 +80,9 @@ def alone(analysis, unit, size, batches):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_loss_is_the_divergence_of_a_model_with_that_unit_compressed(method, net, batches):
     analysis = analyse(net, batches[0][:1], stage(method))
-    table = sensitivity_table(analysis, stage(method), TableSource(batches))
+    table = sensitivity_table(analysis, stage(method, probes=10), TableSource(batches))
     assert table.units == tuple(unit.name for unit in analysis.units)
+    assert all(cell.measured for cell in table.cells)
     for cell in table.cells:
         slow = divergence(alone(analysis, cell.unit, cell.size, batches), net, last_samples(batches, 48))
         assert cell.loss == pytest.approx(slow, rel=1e-4, abs=1e-9)
@@ -116,6 +119,44 @@ def test_errors_fall_with_the_size(method, net, batches):
         errors = [imitation.errors[size] for size in sorted(imitation.errors)]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] >= -1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_probes_tell_nearly_what_all_ten_do(method, net, batches):
+    analysis = analyse(net, batches[0][:1], stage(method))
+    few, all_ten = (
+        sensitivity_table(analysis, stage(method, probes=probes), TableSource(batches)) for probes in (3, 10)
+    )
+    assert [(c.unit, c.size) for c in few.cells] == [(c.unit, c.size) for c in all_ten.cells]
+    assert sum(cell.measured for cell in few.cells) <= 3 * len(few.units)
+    for few_cell, cell in zip(few.cells, all_ten.cells, strict=True):
+        if few_cell.measured:
+            assert few_cell == cell
+    logarithms = [
+        abs(math.log(max(a.loss, 1e-9) / max(b.loss, 1e-9)))
+        for a, b in zip(few.cells, all_ten.cells, strict=True)
+        if not a.measured
+    ]
+    assert sum(logarithms) / len(logarithms) < 0.7
+
+
+def test_a_loss_that_is_a_power_of_the_error_is_filled_in_exactly():
+    errors = {size: 0.9**size for size in range(1, 11)}
+    imitation = Imitation("a", {}, errors)
+    for probed in ([2, 5, 9], [5, 6], [1, 10]):
+        cells = sensitivity.filled_in(imitation, {size: 3 * errors[size] ** 1.7 for size in probed})
+        assert [cell.size for cell in cells if cell.measured] == probed
+        for cell in cells:
+            assert cell.loss == pytest.approx(3 * errors[cell.size] ** 1.7)
+    # One probe alone: proportional to the error.
+    cells = sensitivity.filled_in(imitation, {5: 2 * errors[5]})
+    assert all(cell.loss == pytest.approx(2 * errors[cell.size]) for cell in cells)
+
+
+def test_probes_are_spread_and_none_is_taken_twice():
+    assert sensitivity.spread([1, 2, 3, 4, 5, 6, 7, 8, 9], 3) == [2, 5, 8]
+    assert sensitivity.spread([1, 2], 3) == [1, 2]
+    assert sensitivity.spread([4], 3) == [4]
 
 
 def test_candidates_are_ten_per_cent_apart(net, batches):
@@ -289,18 +330,23 @@ def test_a_given_table_is_used(net, batches):
 
 
 def test_a_table_as_frame_json_and_csv(tmp_path):
-    table = SensitivityTable((Cell("a", 1, 0.5), Cell("a", 3, 0.25), Cell("b", 2, 0.0)), "f")
+    table = SensitivityTable((Cell("a", 1, 0.5), Cell("a", 3, 0.25), Cell("b", 2, 0.0, measured=False)), "f")
     table.save(tmp_path / "table.json")
     assert SensitivityTable.load(tmp_path / "table.json") == table
     table.save(tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_text().splitlines() == [
-        "unit,size,loss",
-        "a,1,0.5",
-        "a,3,0.25",
-        "b,2,0.0",
+        "unit,size,loss,measured",
+        "a,1,0.5,True",
+        "a,3,0.25,True",
+        "b,2,0.0,False",
     ]
     frame = table.to_dataframe()
-    assert frame.dtypes.astype(str).to_dict() == {"unit": "string", "size": "int64", "loss": "float64"}
+    assert frame.dtypes.astype(str).to_dict() == {
+        "unit": "string",
+        "size": "int64",
+        "loss": "float64",
+        "measured": "bool",
+    }
     assert frame["loss"].tolist() == [0.5, 0.25, 0.0]
     assert table.losses("a") == {1: 0.5, 3: 0.25}
     (tmp_path / "no.json").write_text("[]")
