@@ -96,11 +96,12 @@ def pausing_after(layer: nn.Module) -> Iterator[None]:
 
 
 def _hand_over(value: Tensor) -> None:
-    current = getcurrent()
-    # Outside of any pass, the layer is run for its own sake.
-    if isinstance(current, _Running):
-        assert current.parent is not None
-        current.parent.switch(value)
+    # Outside of any pass, the layer is run for its own sake. A variable for the current greenlet would keep
+    # it alive on its own stack, out of the garbage collector's sight.
+    if isinstance(getcurrent(), _Running):
+        parent = getcurrent().parent
+        assert parent is not None
+        parent.switch(value)
 
 
 def passes_keep_apart(model: nn.Module, layers: Sequence[nn.Module], examples: Sequence[Tensor]) -> bool:

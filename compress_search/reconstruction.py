@@ -77,6 +77,9 @@ class Road(Protocol):
     def visits(self, refit: Refit) -> Iterator[Visit]:
         """Yield all calls of a layer, with the weights that the layers have now."""
 
+    def close(self) -> None:
+        """Let go of everything that is held between the layers."""
+
 
 def refit_in_forward_order(
     model: nn.Module, original: nn.Module, refits: Sequence[Refit], batches: Sequence[Tensor]
@@ -100,7 +103,11 @@ def refit_in_forward_order(
     if not batches or not refits:
         return
     with inference_mode_of(model), inference_mode_of(original):
-        refit_on(_road(model, original, refits, batches), model, refits)
+        road = _road(model, original, refits, batches)
+        try:
+            refit_on(road, model, refits)
+        finally:
+            road.close()
 
 
 def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
@@ -176,6 +183,9 @@ class RunAgain:
                 for (_, target), (seen, output) in zip(wanted, given, strict=True):
                     yield Visit(number, self.share(piece), seen, output, target)
 
+    def close(self) -> None:
+        """See :meth:`Road.close`; there is nothing."""
+
 
 @dataclass
 class _Waiting:
@@ -218,28 +228,28 @@ class WaitAndGoOn:
         """See :meth:`Road.visits`."""
         if refit.calls > 1:
             # Some of its calls would lie behind a pass that waits, made with the weights it had before.
-            self._drop_all()
+            self.close()
             yield from self._again.visits(refit)
             return
         model, original = self._again.model, self._again.original
         layer = model.get_submodule(refit.layer)
-        finished = False
-        try:
-            with pausing_before(layer), pausing_after(original.get_submodule(refit.source)):
-                for theirs, ours in zip(*self._sides, strict=True):
-                    wanted = self._go_on(theirs)
-                    inputs = self._go_on(ours)
-                    if wanted is not None and inputs is not None:
-                        share = self._again.share(ours.piece)
-                        yield Visit(ours.number, share, inputs, layer(inputs), wanted)
-                    # Nothing here may outlive the pass that it belongs to.
-                    del wanted, inputs
-                    self._wait(theirs, self._after.get(refit.source))
-                    self._wait(ours, self._before.get(refit.layer))
-            finished = True
-        finally:
-            if not finished:
-                self._drop_all()
+        with pausing_before(layer), pausing_after(original.get_submodule(refit.source)):
+            for theirs, ours in zip(*self._sides, strict=True):
+                wanted = self._go_on(theirs)
+                inputs = self._go_on(ours)
+                if wanted is not None and inputs is not None:
+                    share = self._again.share(ours.piece)
+                    yield Visit(ours.number, share, inputs, layer(inputs), wanted)
+                # Nothing here may outlive the pass that it belongs to.
+                del wanted, inputs
+                self._wait(theirs, self._after.get(refit.source))
+                self._wait(ours, self._before.get(refit.layer))
+
+    def close(self) -> None:
+        """See :meth:`Road.close`; ends all passes."""
+        for side in self._sides:
+            for waiting in side:
+                self._drop(waiting)
 
     def _go_on(self, waiting: _Waiting) -> Tensor | None:
         """Run as far as the layer, from where the pass waits or else from the input."""
@@ -259,11 +269,6 @@ class WaitAndGoOn:
             self._drop(waiting)
         else:
             waiting.bytes = size
-
-    def _drop_all(self) -> None:
-        for side in self._sides:
-            for waiting in side:
-                self._drop(waiting)
 
     def _drop(self, waiting: _Waiting) -> None:
         if waiting.running is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.pausing import PausablePass, passes_keep_apart, pausing_after, pausing_before
@@ -48,6 +49,23 @@ def test_a_layer_run_outside_of_any_pass_does_not_wait():
 def test_what_a_model_raises_surfaces_as_it_is():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         PausablePass(_net(), torch.randn(2, 7)).resume()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_pass_that_is_given_up_lets_go_of_its_activations(dropped):
+    net, outputs = _net(), []
+    net[0].register_forward_hook(
+        lambda module, inputs, output: outputs.append(StorageWeakRef(output.untyped_storage()))
+    )
+    one = PausablePass(net, torch.randn(2, 3))
+    with torch.no_grad(), pausing_after(net[0]):
+        one.resume()
+    assert [output.expired() for output in outputs] == [False]
+    if dropped:
+        one.drop()
+    else:
+        del one
+    assert [output.expired() for output in outputs] == [True]
 
 
 class _Block(nn.Module):
