@@ -25,6 +25,9 @@ logger = logging.getLogger("compress_search")
 _GRAM_ELEMENTS = 2**27
 """How many elements of Gram matrices are accumulated in one pass (1 GB in float64)."""
 
+_COMPARED = 4
+"""One batch in so many decides between two sets of BatchNorm statistics."""
+
 WIDEST = 8192
 """Layers with more input features than this have no Gram matrix (0.5 GB in float64 at this width)."""
 
@@ -51,8 +54,8 @@ def gram_matrices(
     Raises:
         ModelError: A layer's input is not finite.
     """
-    sizes = {name: _gram_size(layer) for name, layer in layers.items()}
-    wide = [name for name, elements in sizes.items() if elements > WIDEST**2]
+    sizes = {name: gram_elements(layer) for name, layer in layers.items()}
+    wide = [name for name, elements in sizes.items() if not elements]
     if wide:
         logger.warning("Too wide for a Gram matrix, so treated without data: %s.", ", ".join(wide))
     example = batches[0][:1].to(next(model.parameters()).device)
@@ -64,11 +67,16 @@ def gram_matrices(
     return grams
 
 
-def _gram_size(layer: nn.Module) -> int:
-    """Number of elements of a layer's Gram matrices."""
+def gram_elements(layer: nn.Module) -> int:
+    """Number of elements of a layer's Gram matrices; 0 if it is too wide to have one.
+
+    Args:
+        layer: A convolution or a linear layer.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return (layer.groups if isinstance(layer, CONVOLUTIONS) else 1) * weight[0].numel() ** 2
+    elements = (layer.groups if isinstance(layer, CONVOLUTIONS) else 1) * weight[0].numel() ** 2
+    return elements if elements <= WIDEST**2 else 0
 
 
 def _passes(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -191,7 +199,10 @@ def with_best_batchnorm(model: nn.Module, reference: nn.Module, batches: Sequenc
     if not batches or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
     estimated = reestimated_batchnorm(model, batches)
-    if divergence(estimated, reference, batches) < divergence(model, reference, batches):
+    # A part of the batches is enough to tell which is nearer, and four passes over all would cost more than
+    # the compression itself.
+    compared = batches[-max(1, len(batches) // _COMPARED) :]
+    if divergence(estimated, reference, compared) < divergence(model, reference, compared):
         return estimated
     return model
 
