@@ -13,8 +13,9 @@ from compress_search.calibration import gram_matrices
 from compress_search.exceptions import ModelError
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_of
 from compress_search.methods.kernel_split import KernelSplit
-from compress_search.methods.low_rank import factorise
+from compress_search.methods.low_rank import Factors, factorise
 from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile
@@ -29,8 +30,9 @@ class FactorisationAnalysis:
     """A factorising method's view of one model; see :class:`compress_search.methods.method.Analysis`.
 
     The first factor spans the truncated space that keeps the layer's output best, given the second moments
-    of its inputs. The second factor is then refitted by least squares, in forward order, with the inputs of
-    the already compressed net; so are the dense layers in between.
+    of its inputs and how much the network's output cares for each of its channels. The second factor is then
+    refitted by least squares, in forward order, with the inputs of the already compressed net; so are the
+    dense layers in between.
 
     Attributes:
         method: Name of the method.
@@ -85,10 +87,8 @@ class FactorisationAnalysis:
             left_alone=self.left_alone,
         )
         model = apply_plan(self.model, CompressionPlan((step,))).eval()
-        grams = self._input_grams(splits, batches)
-        for name, split in splits.items():
-            factors = factorise(split.matrix(), grams.get(name)).truncated(sizes[name])
-            split.write(model.get_submodule(name), factors)
+        for name, factors in self._factors(splits, batches):
+            splits[name].write(model.get_submodule(name), factors.truncated(sizes[name]))
         refit_in_forward_order(model, self.model, self._refits(model, splits), batches)
         return Compressed(model, step)
 
@@ -96,10 +96,9 @@ class FactorisationAnalysis:
         self, sizes: Mapping[str, Sequence[int]], batches: Sequence[Tensor]
     ) -> Iterator[Imitation]:
         """Imitate each factorised layer by its own weight, truncated to the rank."""
-        grams = self._input_grams({name: self._splits[name] for name in sizes}, batches)
-        for name, ranks in sizes.items():
-            split = self._splits[name]
-            factors = factorise(split.matrix(), grams.pop(name, None))
+        splits = {name: self._splits[name] for name in sizes}
+        for name, factors in self._factors(splits, batches):
+            split, ranks = splits[name], sizes[name]
             energy = factors.energy.reshape(-1, factors.energy.shape[-1]).sum(dim=0)
             whole = energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
             parameters, errors = {}, {}
@@ -163,6 +162,15 @@ class FactorisationAnalysis:
                 f"Layer {name!r} cannot be factorised at rank {rank}; its rank must be in "
                 f"[1, {self._splits[name].full_rank}]."
             )
+
+    def _factors(
+        self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]
+    ) -> Iterator[tuple[str, Factors]]:
+        """All components of each layer, weighed by what the data says of its inputs and of its outputs."""
+        grams = self._input_grams(splits, batches)
+        sensitivities = output_sensitivities(self.model, list(splits), batches)
+        for name, split in splits.items():
+            yield name, factorise(split.matrix(), grams.pop(name, None), sensitivities.get(name))
 
     def _input_grams(self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """Second moments ``(groups, rows, rows)`` of the patches that each layer's first factor sees."""

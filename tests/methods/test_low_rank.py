@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress_search.methods.low_rank import factorise
+from compress_search.methods.low_rank import _EQUAL_SHARE, _RIDGE, factorise
 
 
 def _gram(p: int, rows: int) -> torch.Tensor:
@@ -46,6 +46,51 @@ def test_weighting_beats_plain_truncation_on_the_data():
     for rank in range(1, 8):
         weighted, plain = factorise(matrix, gram).truncated(rank), factorise(matrix).truncated(rank)
         assert output_error(weighted) < output_error(plain)
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("with_gram", [True, False])
+def test_truncation_is_the_best_for_inputs_and_outputs_together(rows, taps, with_gram):
+    channels = 3
+    matrix = torch.randn(rows, channels * taps, dtype=torch.float64)
+    gram, sensitivity = _gram(rows, 200), 1e-9 * _gram(channels, 50)
+    inputs = torch.eye(rows, dtype=torch.float64)
+    if with_gram:
+        inputs = gram + _RIDGE * gram.diagonal().mean() * inputs
+    outputs = sensitivity / sensitivity.diagonal().mean() + _EQUAL_SHARE * torch.eye(channels)
+    outputs = torch.kron(outputs, torch.eye(taps))
+    singular = torch.linalg.svdvals(torch.linalg.cholesky(inputs).T @ matrix @ torch.linalg.cholesky(outputs))
+    factors = factorise(matrix, gram if with_gram else None, sensitivity)
+    for rank in range(1, min(matrix.shape) + 1):
+        kept = factors.truncated(rank)
+        difference = matrix - kept.left @ kept.right
+        error = torch.trace(inputs @ difference @ outputs @ difference.T)
+        torch.testing.assert_close(error, singular[rank:].square().sum(), rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(error, factors.energy[rank:].sum(), rtol=1e-7, atol=1e-7)
+
+
+def test_sensitivity_works_in_each_group_by_itself():
+    matrix = torch.randn(2, 5, 6, dtype=torch.float64)
+    gram, sensitivity = (torch.stack([_gram(size, 50) for _ in range(2)]) for size in (5, 3))
+    together = factorise(matrix, gram, sensitivity)
+    for group in range(2):
+        alone = factorise(matrix[group], gram[group], sensitivity[group])
+        kept, apart = together.truncated(2), alone.truncated(2)
+        torch.testing.assert_close((kept.left @ kept.right)[group], apart.left @ apart.right)
+
+
+def test_outputs_that_nothing_hears_are_given_up_first():
+    matrix = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
+    sensitivity = torch.diag(torch.tensor([0.0, 1.0, 9.0], dtype=torch.float64))
+    kept = factorise(matrix, None, sensitivity).truncated(2)
+    torch.testing.assert_close(kept.left @ kept.right, torch.diag(torch.tensor([0.0, 2, 1]).double()))
+
+
+def test_where_nothing_is_known_to_matter_all_outputs_matter_alike():
+    matrix, gram = torch.randn(6, 6, dtype=torch.float64), _gram(6, 100)
+    kept, plain = (factorise(matrix, gram, s).truncated(3) for s in (torch.zeros(6, 6).double(), None))
+    torch.testing.assert_close(kept.left @ kept.right, plain.left @ plain.right)
 
 
 def test_full_rank_is_exact_even_where_the_data_has_directions_missing():
