@@ -159,7 +159,7 @@ class _State:
         """Relative error that removing each block would add, ``(number of blocks,)``; infinite where gone."""
         solved = torch.linalg.solve(self._diagonal, self._energies)
         costs = solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / self._energy
-        all_costs = costs.new_full(self._slots.shape, torch.inf).cpu()
+        all_costs: Tensor = costs.new_full(self._slots.shape, torch.inf).cpu()
         present = self._slots >= 0
         all_costs[present] = costs.cpu()[self._slots[present]]
         return all_costs
