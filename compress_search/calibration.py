@@ -57,7 +57,7 @@ def gram_matrices(
     sizes = {name: gram_elements(layer) for name, layer in layers.items()}
     wide = [name for name, elements in sizes.items() if not elements]
     if wide:
-        logger.warning("Too wide for a Gram matrix, so treated without data: %s.", ", ".join(wide))
+        logger.warning("Too wide for a Gram matrix, so chosen without data: %s.", ", ".join(wide))
     example = batches[0][:1].to(next(model.parameters()).device)
     peak = activation_bytes(model, [], example).peak
     pieces = [piece for batch in pieces_within_memory(batches, peak) for piece in batch]

@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import gram_matrices
+from compress_search.calibration import gram_elements, gram_matrices
 from compress_search.methods.brain_surgeon import Consumer, remove_blocks
 from compress_search.methods.coupling import CoupledGroup, Member
 from compress_search.patches import has_patches
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
 from compress_search.surgery import chunks
+
+_GRAM_ELEMENTS = 2**26
+"""How many elements of Gram matrices are held at a time (512 MB in float64); the surgeon needs as much."""
 
 
 def choose_blocks(
@@ -39,22 +42,50 @@ def choose_blocks(
     Returns:
         Indices of the blocks that stay, in ascending order, by group name.
     """
-    moments = input_moments(model, groups, batches)
     kept = {}
-    for group in groups:
-        consumers = [
-            consumer
-            for member in group.consumers
-            if member.layer in moments
-            for consumer in consumers_of(model.get_submodule(member.layer), member, moments[member.layer])
-        ]
-        size, stay = sizes[group.name], protected[group.name]
-        kept[group.name] = (
-            remove_blocks(consumers, keep=size, protected=stay).kept
-            if consumers
-            else largest_blocks(model, group, size, stay)
-        )
+    for together in _within_memory(model, groups):
+        moments = input_moments(model, together, batches)
+        for group in together:
+            kept[group.name] = _choose(
+                model, group, moments, size=sizes[group.name], protected=protected[group.name]
+            )
+        # Before the next ones are accumulated.
+        moments.clear()
     return kept
+
+
+def _choose(
+    model: nn.Module,
+    group: CoupledGroup,
+    moments: Mapping[str, Tensor],
+    *,
+    size: int,
+    protected: Collection[int],
+) -> tuple[int, ...]:
+    consumers = [
+        consumer
+        for member in group.consumers
+        if member.layer in moments
+        for consumer in consumers_of(model.get_submodule(member.layer), member, moments[member.layer])
+    ]
+    if consumers:
+        return remove_blocks(consumers, keep=size, protected=protected).kept
+    return largest_blocks(model, group, size, protected)
+
+
+def _within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> list[list[CoupledGroup]]:
+    """Divide groups into lists whose consumers' Gram matrices fit into memory together, or single groups."""
+    lists: list[list[CoupledGroup]] = []
+    filled = 0
+    for group in groups:
+        names = {member.layer for member in group.consumers if has_patches(model, member.layer)}
+        elements = sum(gram_elements(model.get_submodule(name)) for name in names)
+        if not lists or filled + elements > _GRAM_ELEMENTS:
+            lists.append([])
+            filled = 0
+        lists[-1].append(group)
+        filled += elements
+    return lists
 
 
 def input_moments(
@@ -106,7 +137,9 @@ def largest_blocks(
             continue
         output_axis = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
         axis = output_axis if member.side == "outputs" else 1 - output_axis
-        energy = weight.detach().double().cpu().movedim(axis, 0).flatten(1).square().sum(dim=1)
+        others = [a for a in range(weight.ndim) if a != axis]
+        # Without a copy: this can be the largest thing in memory.
+        energy = torch.linalg.vector_norm(weight.detach(), dim=others, dtype=torch.float64).square().cpu()
         # A grouped layer's weight holds the input channels of one group only.
         blocks = torch.as_tensor(member.blocks) % len(energy)
         scores += energy[blocks].sum(dim=1) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)

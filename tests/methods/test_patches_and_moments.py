@@ -199,4 +199,4 @@ def test_a_layer_too_wide_for_a_gram_matrix_is_left_out_and_named(monkeypatch, c
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
     views = dict(model.named_children())
     assert set(gram_matrices(model, views, [torch.randn(8, 1, 9, 9)])) == {"0"}
-    assert "Too wide for a Gram matrix, so treated without data: 1." in caplog.text
+    assert "Too wide for a Gram matrix, so chosen without data: 1." in caplog.text
