@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from compress_search.calibration import divergence
 from compress_search.exceptions import ModelError
@@ -101,6 +102,16 @@ def test_every_counted_layer_is_a_unit_s_or_has_a_reason(method, net):
     counted = {name for name, module in model.named_modules() if isinstance(module, COUNTED_LAYERS)}
     assert counted == sized | set(analysis.left_alone)
     assert all(analysis.left_alone.values())
+
+
+@every_net
+def test_macs_are_half_the_flops_of_pytorchs_counter(net):
+    model = zoo.build(net)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(EXAMPLE)
+    profile = profile_model(model, EXAMPLE)
+    assert profile.uncounted == ()
+    assert 2 * profile.macs == counter.get_total_flops()
 
 
 @every_method
