@@ -17,6 +17,9 @@ from compress_search.surgery import chunks
 _GRAM_ELEMENTS = 2**26
 """How many elements of Gram matrices are held at a time (512 MB in float64); the surgeon needs as much."""
 
+_OUTPUTS_AT_A_TIME = 2**8
+"""Of how many outputs the weights are looked at together."""
+
 
 def choose_blocks(
     model: nn.Module,
@@ -138,8 +141,12 @@ def largest_blocks(
         output_axis = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
         axis = output_axis if member.side == "outputs" else 1 - output_axis
         others = [a for a in range(weight.ndim) if a != axis]
-        # Without a copy: this can be the largest thing in memory.
-        energy = torch.linalg.vector_norm(weight.detach(), dim=others, dtype=torch.float64).square().cpu()
+        # In pieces, since each is copied in float64, and a weight can be the largest thing in memory.
+        pieces = [
+            torch.linalg.vector_norm(piece, dim=others, dtype=torch.float64).square().cpu()
+            for piece in torch.split(weight.detach(), _OUTPUTS_AT_A_TIME)
+        ]
+        energy = torch.cat(pieces) if axis == 0 else torch.stack(pieces).sum(dim=0)
         # A grouped layer's weight holds the input channels of one group only.
         blocks = torch.as_tensor(member.blocks) % len(energy)
         scores += energy[blocks].sum(dim=1) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
