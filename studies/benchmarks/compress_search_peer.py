@@ -40,7 +40,7 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
         table = sensitivity_table(analysis, stage, source) if SELECTORS[stage.selection].needs_table else None
         sizes = choose_sizes(analysis, stage, source, table=table)
         seconds += time.perf_counter() - start
-        cells += 0 if table is None else len(table.cells)
+        cells += 0 if table is None else sum(cell.measured for cell in table.cells)
         network = apply(analysis, sizes, source.calibration).model
     return Compression(network, seconds, cells)
 
