@@ -132,5 +132,10 @@ def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
         if kind == "params" and outside > 0.0005 * total
         else ""
     )
-    parts = filter(None, (described(asked), described(others), elsewhere))
+    kept = ", ".join(
+        f"{unit.name} (you asked to keep channels in {unit.least} of its {unit.full_size} blocks)"
+        for unit in analysis.units
+        if unit.least > 1
+    )
+    parts = filter(None, (described(asked), kept, described(others), elsewhere))
     return "; and ".join(parts) or "nothing was left alone"

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress_search.exceptions import ModelError
+from compress_search.exceptions import ModelError, RatioError
 from compress_search.methods import METHODS
 from compress_search.methods.channel_pruning import ChannelPruning
 from compress_search.profile import profile_model
+from compress_search.selection.choices import in_words
 from compress_search.selection.uniform import select_uniform
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -91,6 +92,17 @@ def test_a_smaller_size_is_refused_with_the_reason():
     analysis = ChannelPruning().analyse(zoo.build("Residual"), EXAMPLE, keep_channels={"conv1": (1, 2, 6)})
     with pytest.raises(ModelError, match=r"'conv1' cannot be pruned to 2 blocks; allowed: \[3, 8\] \(3 hold"):
         analysis.apply({"conv1": 2}, [])
+
+
+def test_a_ratio_that_they_hold_up_names_them():
+    kept = {"conv1": tuple(range(7)), "stem": tuple(range(8)), "conv4": tuple(range(12))}
+    analysis = ChannelPruning().analyse(zoo.build("Residual"), EXAMPLE, keep_channels=kept)
+    smallest = analysis.predict_macs({unit.name: unit.least for unit in analysis.units})
+    with pytest.raises(
+        RatioError, match=r"conv1 \(you asked to keep channels in 7 of its 8 blocks\)"
+    ) as raised:
+        select_uniform(analysis, 0.1)
+    assert in_words(smallest / analysis.profile.macs) in str(raised.value)
 
 
 def test_the_networks_output_stays_anyway():
