@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress_search.calibration import divergence
-from compress_search.methods import METHODS
+from compress_search.methods import METHODS, factorisation
 from compress_search.profile import profile_model
 
 # PyTorch says that it pads one side more than the other; the geometry is to be tested all the same.
@@ -135,3 +135,22 @@ def test_data_aware_truncation_beats_the_plain_one_on_the_data(method):
     analysis = METHODS[method].analyse(model, inputs)
     aware, plain = (analysis.apply({"0": 3}, data).model for data in (list(inputs.split(4)), []))
     assert divergence(aware, model, [inputs]) < 0.7 * divergence(plain, model, [inputs])
+
+
+@pytest.mark.parametrize(("method", "kernel", "rank"), [("spatial_svd", 3, 9), ("weight_svd", 1, 3)])
+def test_rank_goes_to_the_channels_that_the_output_hears(method, kernel, rank, monkeypatch):
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(6, 8, kernel, bias=False), nn.Conv2d(8, 3, 1)
+    with torch.no_grad():
+        last.weight[:, 2:] = 0.0
+    network = nn.Sequential(first, nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    batches = list(torch.randn(6, 20, 6, 9, 9))
+    analysis = METHODS[method].analyse(network, batches[0][:1])
+
+    def error_of_heard_channels():
+        (imitation,) = analysis.imitations({"0": [rank]}, batches)
+        return float((imitation.parameters[rank]["0.weight"] - first.weight).detach()[:2].norm())
+
+    weighed = error_of_heard_channels()
+    monkeypatch.setattr(factorisation, "output_sensitivities", lambda *_: {})
+    assert weighed < 0.3 * error_of_heard_channels()
