@@ -145,9 +145,9 @@ def test_rank_goes_to_the_channels_that_the_output_hears(method, kernel, rank, m
         last.weight[:, 2:] = 0.0
     network = nn.Sequential(first, nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     batches = list(torch.randn(6, 20, 6, 9, 9))
-    analysis = METHODS[method].analyse(network, batches[0][:1])
 
     def error_of_heard_channels():
+        analysis = METHODS[method].analyse(network, batches[0][:1])
         (imitation,) = analysis.imitations({"0": [rank]}, batches)
         return float((imitation.parameters[rank]["0.weight"] - first.weight).detach()[:2].norm())
 
