@@ -30,24 +30,26 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
     """Prune to the budget of the request."""
     assert request.budget is not None
     settings = request.case.settings
-    taylor = settings["importance"] == "taylor"
+    kinds = {
+        "magnitude": tp.importance.GroupMagnitudeImportance,
+        "taylor": tp.importance.GroupTaylorImportance,
+    }
     pruner = tp.pruner.MetaPruner(
         network,
         torch.zeros(*INPUT_SHAPE),
-        importance=tp.importance.GroupTaylorImportance()
-        if taylor
-        else tp.importance.GroupMagnitudeImportance(),
+        importance=kinds[settings["importance"]](),
         global_pruning=True,
         pruning_ratio=1.0,
         iterative_steps=STEPS,
         ignored_layers=[module for module in network.modules() if isinstance(module, nn.Linear)],
     )
+    if settings["importance"] == "taylor":
+        # Once: Torch-Pruning cuts the gradients together with the weights.
+        loss = functional.cross_entropy(network(images.inputs), images.labels)
+        loss.backward()  # type: ignore[no-untyped-call]
     for _ in range(STEPS):
         if count_macs(network, INPUT_SHAPE) <= request.budget:
             break
-        if taylor:
-            network.zero_grad()
-            functional.cross_entropy(network(images.inputs), images.labels).backward()  # type: ignore[no-untyped-call]
         pruner.step()
     if settings["batchnorm"]:
         reestimate_batchnorm(network, images)
