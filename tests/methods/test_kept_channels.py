@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress_search.compression import compress
 from compress_search.exceptions import ModelError, RatioError
 from compress_search.methods import METHODS
 from compress_search.methods.channel_pruning import ChannelPruning
 from compress_search.profile import profile_model
+from compress_search.recipe import Compress
+from compress_search.selection import SELECTORS
 from compress_search.selection.choices import in_words
 from compress_search.selection.uniform import select_uniform
 
@@ -133,3 +136,21 @@ def test_all_faults_come_at_once():
         ChannelPruning().analyse(
             zoo.build("Residual"), EXAMPLE, keep_channels={"nothing": (0,), "head": (99, 0, 100)}
         )
+
+
+@with_and_without_data
+@pytest.mark.parametrize("selection", SELECTORS)
+def test_every_selector_keeps_them(selection, batches):
+    kept = {"conv1": (0, 1, 2, 3, 4), "conv3": tuple(range(12))}
+    stage = Compress(
+        method="channel_pruning",
+        mac_ratio=0.65,
+        selection=selection,
+        keep_channels=kept,
+        shares={"conv1": 0.1} if selection == "manual" else {},
+    )
+    compressed = compress(zoo.build("Residual"), EXAMPLE, batches, stage)
+    assert compressed.step.mac_ratio <= 0.65
+    outputs = _outputs_kept(compressed.step)
+    assert set(kept["conv1"]) <= set(outputs.get("conv1", range(8)))
+    assert "conv3" not in outputs
