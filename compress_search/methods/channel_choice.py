@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ def choose_blocks(
     batches: Sequence[Tensor],
     *,
     protected: Mapping[str, Collection[int]],
+    orders: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, ...]]:
     """Choose the blocks of each group that stay.
 
@@ -41,12 +43,22 @@ def choose_blocks(
         sizes: How many blocks each keeps, by name.
         batches: Calibration inputs, each ``(batch, ...)``; empty for the data-free choice.
         protected: Indices of the blocks that stay in any case, at most as many as the size, by group name.
+        orders: For groups that the brain surgeon has ordered on these batches before, the blocks that it
+            removed, in that order.
 
     Returns:
         Indices of the blocks that stay, in ascending order, by group name.
     """
     kept = {}
-    for together in _within_memory(model, groups):
+    unordered = []
+    for group in groups:
+        gone = group.size - sizes[group.name]
+        if len(orders.get(group.name, ())) >= gone:
+            removed = set(orders[group.name][:gone])
+            kept[group.name] = tuple(block for block in range(group.size) if block not in removed)
+        else:
+            unordered.append(group)
+    for together in groups_within_memory(model, unordered):
         moments = input_moments(model, together, batches)
         for group in together:
             kept[group.name] = _choose(
@@ -76,7 +88,7 @@ def _choose(
     return largest_blocks(model, group, size, protected)
 
 
-def _within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> list[list[CoupledGroup]]:
+def groups_within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> list[list[CoupledGroup]]:
     """Divide groups into lists whose consumers' Gram matrices fit into memory together, or single groups."""
     lists: list[list[CoupledGroup]] = []
     filled = 0

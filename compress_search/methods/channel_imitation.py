@@ -29,7 +29,7 @@ def imitate_group(
     moments: Mapping[str, Tensor],
     *,
     protected: Collection[int] = (),
-) -> Imitation:
+) -> tuple[Imitation, tuple[int, ...]]:
     """Imitate a group pruned to several sizes, all on the way of one removal.
 
     Args:
@@ -39,6 +39,10 @@ def imitate_group(
         moments: What :func:`compress_search.methods.channel_choice.input_moments` says of its consumers;
             consumers that are not in it are not refitted.
         protected: Indices of blocks that stay in any case.
+
+    Returns:
+        The imitation, and the blocks in the order in which the brain surgeon removed them, as far as it had
+        to go; empty where it had no say.
     """
     known = [member for member in group.consumers if member.layer in moments]
     by_member = [consumers_of(model.get_submodule(m.layer), m, moments[m.layer]) for m in known]
@@ -64,7 +68,7 @@ def imitate_group(
                 changed |= _resolved(layer, member.layer, before, resolved, moments[member.layer])
         parameters[size] = changed
         errors[size] = sum(removal.errors[: group.size - size]) if removal else len(gone) / group.size
-    return Imitation(group.name, parameters, errors)
+    return Imitation(group.name, parameters, errors), removal.order if removal else ()
 
 
 def _resolved(

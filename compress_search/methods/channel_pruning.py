@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from compress_search.calibration import check_weights
 from compress_search.exceptions import ModelError
-from compress_search.methods.channel_choice import choose_blocks, input_moments
+from compress_search.methods.channel_choice import choose_blocks, groups_within_memory, input_moments
 from compress_search.methods.channel_imitation import imitate_group
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, ties_of
 from compress_search.methods.coupling import CoupledGroup, Coupling, find_coupling, keep_blocks
@@ -30,6 +30,7 @@ from compress_search.methods.kept_channels import (
     protected_blocks,
 )
 from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.remembered import Remembered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import ModelProfile, profile_model
@@ -72,6 +73,7 @@ class ChannelPruningAnalysis:
         coupling: What of it can be pruned.
         ignore: Names of layers to leave alone.
         protected: Indices of the blocks that must stay, by group name.
+        known_orders: In which order the brain surgeon removed blocks on some batches before.
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class ChannelPruningAnalysis:
     coupling: Coupling
     ignore: frozenset[str]
     protected: Mapping[str, Collection[int]]
+    known_orders: Remembered[tuple[int, ...]] = field(default_factory=Remembered, compare=False, repr=False)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -121,9 +124,17 @@ class ChannelPruningAnalysis:
     ) -> Iterator[Imitation]:
         """Imitate each group by its consumers: deaf to the removed channels, and re-solved for the rest."""
         groups = {group.name: group for group in self.coupling.groups}
-        moments = input_moments(self.model, [groups[name] for name in sizes], batches)
-        for name, blocks in sizes.items():
-            yield imitate_group(self.model, groups[name], blocks, moments, protected=self.protected[name])
+        orders = self.known_orders.of(batches)
+        for together in groups_within_memory(self.model, [groups[name] for name in sizes]):
+            moments = input_moments(self.model, together, batches)
+            for group in together:
+                protected = self.protected[group.name]
+                imitation, orders[group.name] = imitate_group(
+                    self.model, group, sizes[group.name], moments, protected=protected
+                )
+                yield imitation
+            # Before the next ones are accumulated.
+            moments.clear()
 
     def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
         """Prune the groups named in ``sizes`` to that many blocks, and refit their consumers."""
@@ -134,7 +145,8 @@ class ChannelPruningAnalysis:
                     f"Group {name!r} cannot be pruned to {size} blocks; allowed: {_allowed(units.get(name))}."
                 )
         pruned = [group for group in self.coupling.groups if sizes.get(group.name, group.size) < group.size]
-        kept = choose_blocks(self.model, pruned, sizes, batches, protected=self.protected)
+        orders = self.known_orders.of(batches)
+        kept = choose_blocks(self.model, pruned, sizes, batches, protected=self.protected, orders=orders)
         edits = keep_blocks(self.model, pruned, kept)
         step = PlanStep(
             method="channel_pruning",

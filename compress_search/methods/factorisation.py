@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,10 +16,14 @@ from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import Factors, factorise
 from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
 from compress_search.methods.output_sensitivity import output_sensitivities
+from compress_search.methods.remembered import Remembered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile
 from compress_search.reconstruction import Refit, refit_in_forward_order
+
+_REMEMBERED = 2**26
+"""How many elements of components are kept between choosing sizes and applying them (512 MB in float64)."""
 
 SplitOf = Callable[[nn.Module], KernelSplit | str]
 """How a method splits a layer, or the reason why it does not."""
@@ -40,6 +44,7 @@ class FactorisationAnalysis:
         profile: Its cost.
         ignore: Names of layers to leave alone.
         split_of: How the method splits a layer.
+        known_factors: Components that were found on some batches before.
     """
 
     method: str
@@ -47,6 +52,7 @@ class FactorisationAnalysis:
     profile: ModelProfile
     ignore: frozenset[str]
     split_of: SplitOf
+    known_factors: Remembered[Factors] = field(default_factory=Remembered, compare=False, repr=False)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -167,10 +173,20 @@ class FactorisationAnalysis:
         self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]
     ) -> Iterator[tuple[str, Factors]]:
         """All components of each layer, weighed by what the data says of its inputs and of its outputs."""
-        grams = self._input_grams(splits, batches)
-        sensitivities = output_sensitivities(self.model, list(splits), batches)
+        known = self.known_factors.of(batches)
+        missing = {name: split for name, split in splits.items() if name not in known}
+        grams = self._input_grams(missing, batches)
+        sensitivities = output_sensitivities(self.model, list(missing), batches)
+        room = _REMEMBERED - sum(factors.left.numel() + factors.right.numel() for factors in known.values())
         for name, split in splits.items():
-            yield name, factorise(split.matrix(), grams.pop(name, None), sensitivities.get(name))
+            if name in known:
+                yield name, known[name]
+                continue
+            factors = factorise(split.matrix(), grams.pop(name, None), sensitivities.get(name))
+            room -= factors.left.numel() + factors.right.numel()
+            if room >= 0:
+                known[name] = factors
+            yield name, factors
 
     def _input_grams(self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """Second moments ``(groups, rows, rows)`` of the patches that each layer's first factor sees."""

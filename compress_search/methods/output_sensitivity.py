@@ -26,7 +26,7 @@ from compress_search.profile import inference_mode_of
 
 logger = logging.getLogger("compress_search")
 
-_EXAMPLES = 512
+_EXAMPLES = 256
 """How many examples are looked at: the matrices are small, so more would say little more."""
 
 _GRAPH_ELEMENTS = 2**24

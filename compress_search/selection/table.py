@@ -68,7 +68,7 @@ class SensitivityTable:
         return self._by_unit[unit]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a cell, with its columns ``unit``, ``size``, ``loss`` and ``measured``, each of one type."""
+        """One row a cell: ``unit``, ``size``, ``loss`` and ``measured``; the columns are typed."""
         columns = {"unit": "string", "size": "int64", "loss": "float64", "measured": "bool"}
         rows = [(cell.unit, cell.size, cell.loss, cell.measured) for cell in self.cells]
         return pd.DataFrame(rows, columns=list(columns)).astype(columns)

@@ -22,6 +22,7 @@ from compress_search.compression import (
     sensitivity_table,
 )
 from compress_search.exceptions import ConfigError, EvaluationError, WorkspaceError
+from compress_search.methods import channel_choice, factorisation
 from compress_search.methods.method import Imitation
 from compress_search.profile import profile_model
 from compress_search.recipe import Compress
@@ -188,6 +189,24 @@ def test_optimal_sizes_diverge_less_than_uniform_ones(method, batches):
         for name in ("optimal", "uniform")
     }
     assert found["optimal"] < found["uniform"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_choosing_has_computed_applying_does_not_compute_again(method, net, batches, monkeypatch):
+    chosen = analyse(net, batches[0][:1], stage(method))
+    sizes = {unit.name: max(1, unit.full_size // 2) for unit in chosen.units}
+    fresh = analyse(net, batches[0][:1], stage(method)).apply(sizes, batches)
+    for _ in chosen.imitations({name: [size] for name, size in sizes.items()}, batches):
+        pass
+    for module in (factorisation, channel_choice):
+        monkeypatch.setattr(module, "gram_matrices", None)
+    again = chosen.apply(sizes, list(batches))
+    assert again.step == fresh.step
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(batches[0]), fresh.model(batches[0]), rtol=1e-3, atol=1e-4)
+    # Other batches are other data.
+    with pytest.raises(TypeError):
+        chosen.apply(sizes, [batch.clone() for batch in batches])
 
 
 class Counting:
