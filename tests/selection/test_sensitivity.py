@@ -154,6 +154,17 @@ def test_a_loss_that_is_a_power_of_the_error_is_filled_in_exactly():
     assert all(cell.loss == pytest.approx(2 * errors[cell.size]) for cell in cells)
 
 
+def test_small_batches_of_one_shape_are_joined():
+    small, other = torch.zeros(2, 3), torch.ones(2, 4)
+    large = torch.zeros(2**19, 1)
+    assert [len(batch) for batch in sensitivity.merged([small, small, other, large, large])] == [
+        4,
+        2,
+        2**19,
+        2**19,
+    ]
+
+
 def test_probes_are_spread_and_none_is_taken_twice():
     assert sensitivity.spread([1, 2, 3, 4, 5, 6, 7, 8, 9], 3) == [2, 5, 8]
     assert sensitivity.spread([1, 2], 3) == [1, 2]
