@@ -84,10 +84,18 @@ def compress(
         The compressed model, and what was done, for a plan.
 
     Raises:
-        ConfigError: The table is that of another model.
+        ConfigError: The table is that of another model, or the stage has a ``per_layer_fine_tune``.
         RatioError: The ratio cannot be reached.
         ModelError: The model cannot be analysed, or its weights or activations are not finite.
     """
+    if stage.per_layer_fine_tune is not None:
+        raise ConfigError(
+            [
+                f"per_layer_fine_tune is {stage.per_layer_fine_tune!r}, but compress() has no data to train "
+                "on. Leave it out here, or search with create_study(..., per_layer_fine_tune=...): its task "
+                "has training data."
+            ]
+        )
     analysis = analyse(model, example_input, stage)
     source = TableSource(batches, score=score, progress=progress)
     sizes = choose_sizes(analysis, stage, source, table=table)

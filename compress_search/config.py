@@ -161,10 +161,12 @@ def _faults_of(check: Callable[[T], object], value: T) -> list[str]:
 
 
 def _inherit_fine_tune(values: dict[str, Any]) -> None:
-    """What ``final_fine_tune`` does not say is as in ``fine_tune``."""
-    first, final = values.get("fine_tune"), values.get("final_fine_tune")
-    if isinstance(first, dict) and isinstance(final, dict):
-        values["final_fine_tune"] = first | final
+    """What ``final_fine_tune`` and ``per_layer_fine_tune`` do not say is as in ``fine_tune``."""
+    first = values.get("fine_tune")
+    for name in ("final_fine_tune", "per_layer_fine_tune"):
+        other = values.get(name)
+        if isinstance(first, dict) and isinstance(other, dict):
+            values[name] = first | other
 
 
 def _resolve_places(values: dict[str, Any], folder: Path) -> list[str]:

@@ -38,6 +38,8 @@ class Compress:
         round_to: Ranks and channels are multiples of this.
         keep_channels: Indices of output channels that no pruning removes, by the name of the layer that makes
             them; in a study, a layer of the original model.
+        per_layer_fine_tune: The fine-tuning after each single layer, or group of coupled channels, before the
+            next one is compressed; ``None``, or 0 epochs, compresses all at once.
     """
 
     method: str
@@ -54,12 +56,16 @@ class Compress:
     ignore: tuple[str, ...] = ()
     round_to: int = 1
     keep_channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_layer_fine_tune: FineTune | None = None
 
     def __post_init__(self) -> None:
         # JSON has no tuples.
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if faults := compress_faults(self):
             raise ConfigError(faults, source="compress")
+        if self.per_layer_fine_tune is not None and self.per_layer_fine_tune.epochs == 0:
+            # One way of writing it, so that equal wishes have equal hashes.
+            object.__setattr__(self, "per_layer_fine_tune", None)
         object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
         check_ratio(self.mac_ratio, what=f"mac_ratio of {self.method}")
 
@@ -136,14 +142,26 @@ class Recipe:
     @classmethod
     def from_dict(cls, value: list[Mapping[str, Any]]) -> Recipe:
         """Read what :meth:`to_dict` wrote."""
-        kinds: dict[str, type[Compress] | type[FineTune]] = {"compress": Compress, "fine_tune": FineTune}
-        return cls(tuple(kinds[v["stage"]](**{k: v[k] for k in v if k != "stage"}) for v in value))
+        return cls(tuple(map(_stage_from_dict, value)))
 
 
 def stage_to_dict(stage: Stage) -> dict[str, Any]:
     """Return one stage as JSON-able values."""
-    kind = "compress" if isinstance(stage, Compress) else "fine_tune"
-    return {"stage": kind, **dataclasses.asdict(stage)}
+    if isinstance(stage, FineTune):
+        return {"stage": "fine_tune", **dataclasses.asdict(stage)}
+    value = {"stage": "compress", **dataclasses.asdict(stage)}
+    if stage.per_layer_fine_tune is None:
+        # It is younger than the stages that workspaces hold under hashes of the rest.
+        del value["per_layer_fine_tune"]
+    return value
+
+
+def _stage_from_dict(value: Mapping[str, Any]) -> Stage:
+    settings = {name: value[name] for name in value if name != "stage"}
+    if value["stage"] == "fine_tune":
+        return FineTune(**settings)
+    tuning = settings.pop("per_layer_fine_tune", None)
+    return Compress(**settings, per_layer_fine_tune=None if tuning is None else FineTune(**tuning))
 
 
 def _is_count(value: object) -> bool:
@@ -168,6 +186,11 @@ def compress_faults(settings: Any) -> list[str]:
     ]
     wrong = [(name, what) for name, good, what in checks if not good]
     faults = [f"{name} is {getattr(s, name)!r}; it must be {what}." for name, what in wrong]
+    if not isinstance(s.per_layer_fine_tune, FineTune | None):
+        faults.append(
+            f"per_layer_fine_tune is {s.per_layer_fine_tune!r}; it must be settings of fine-tuning, such as "
+            "FineTune(epochs=1), or None."
+        )
     return faults + _share_faults(s.shares) + kept_channels_faults(s.keep_channels)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from compress_search.checkpoint import file_checksum, save_weights
+from compress_search.checkpoint import file_checksum, load_weights, save_weights
 from compress_search.fingerprint import content_hash
-from compress_search.plan import CompressionPlan
+from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.results import StageResult
-from compress_search.workspace import Workspace, new_folder, write_json_atomically
+from compress_search.workspace import Workspace, new_folder, remove_folder, write_json_atomically
 
 logger = logging.getLogger("compress_search")
 
@@ -70,6 +70,22 @@ class StageStore:
                 "sha256": {name: file_checksum(folder / name) for name in (PLAN, WEIGHTS)},
             }
             write_json_atomically(folder / RESULT, stored | {"checksum": content_hash(stored)})
+
+    def remove(self, key: str) -> None:
+        """Forget a stage, if it is there."""
+        self._verified.discard(key)
+        remove_folder(self.folder(key))
+
+    def model(self, key: str, original: nn.Module) -> nn.Module:
+        """Build the model of a finished stage, in evaluation mode.
+
+        Args:
+            key: Of the stage.
+            original: The model that its plan begins with. It is not changed.
+        """
+        model = apply_plan(original, self.plan(key))
+        load_weights(model, self.weights(key))
+        return model.eval()
 
     def plan(self, key: str) -> CompressionPlan:
         """Read the plan of a finished stage."""

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search.checkpoint import load_weights
 from compress_search.compression import TableSource, analyse, apply, choose_sizes
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
+from compress_search.layer_by_layer import LayerByLayer
 from compress_search.methods.kept_channels import channels_to_keep
 from compress_search.methods.method import Analysis, Sizes
-from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.plan import CompressionPlan
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
@@ -97,7 +97,7 @@ class StageRunner:
                 key = _key(before, stage)
                 stored = self._store.find(key)
                 if stored is None:
-                    model = self._load(before.key) if model is None else model
+                    model = self._store.model(before.key, self._original) if model is None else model
                     result, model = self._compute(stage, key, before, model)
                 else:
                     # The model of a stored stage is read only if a later stage has to be computed.
@@ -127,7 +127,8 @@ class StageRunner:
         stored = self._store.find(_key(before, last))
         if stored is not None:
             return stored.mac_ratio
-        analysis, sizes = self._choose_sizes(last, self._load(before.key), self._store.plan(before.key))
+        model, plan = self._store.model(before.key, self._original), self._store.plan(before.key)
+        analysis, sizes = self._choose_sizes(last, model, plan)
         return analysis.predict_macs(sizes) / self.original.macs
 
     @cached_property
@@ -153,6 +154,8 @@ class StageRunner:
         plan = self._store.plan(before.key)
         if isinstance(stage, Compress):
             analysis, sizes = self._choose_sizes(stage, model, plan)
+            if stage.per_layer_fine_tune is not None:
+                return self._compute_layer_by_layer(stage, key, plan, analysis, sizes, started=started)
             compressed = apply(analysis, sizes, self._calibration_inputs(stage.samples))
             changed, plan = compressed.model, plan.then(compressed.step)
         else:
@@ -166,6 +169,41 @@ class StageRunner:
                 progress=self._progress,
             )
         return self._finish(key, stage.name, plan, changed, started=started), changed
+
+    def _compute_layer_by_layer(
+        self,
+        stage: Compress,
+        key: str,
+        plan: CompressionPlan,
+        analysis: Analysis,
+        sizes: Sizes,
+        *,
+        started: float,
+    ) -> tuple[StageResult, nn.Module]:
+        assert stage.per_layer_fine_tune is not None
+        layers = LayerByLayer(
+            task=self._task,
+            original=self._original,
+            example_input=self._example,
+            store=self._store,
+            progress=self._progress,
+            analysis=analysis,
+            sizes=sizes,
+            plan=plan,
+            method=stage.method,
+            key=key,
+        )
+        tuned = layers.run(stage.per_layer_fine_tune, self._calibration_inputs(stage.samples))
+        result = self._finish(
+            key,
+            stage.name,
+            plan.then(tuned.step),
+            tuned.model,
+            started=started - tuned.seconds_before,
+            accuracy=tuned.accuracy,
+        )
+        layers.forget()
+        return result, tuned.model
 
     def _choose_sizes(
         self, stage: Compress, model: nn.Module, plan: CompressionPlan
@@ -185,15 +223,22 @@ class StageRunner:
         return analysis, choose_sizes(analysis, stage, source)
 
     def _finish(
-        self, key: str, name: str, plan: CompressionPlan, model: nn.Module, *, started: float
+        self,
+        key: str,
+        name: str,
+        plan: CompressionPlan,
+        model: nn.Module,
+        *,
+        started: float,
+        accuracy: float | None = None,
     ) -> StageResult:
-        """Measure a model and store it as the outcome of a stage."""
+        """Measure a model and store it as the outcome of a stage; its accuracy may be known already."""
         profile = profile_model(model, self._example)
         original_macs = profile.macs if name == "original" else self.original.macs
         result = StageResult(
             key=key,
             name=name,
-            accuracy=self._task.score(model),
+            accuracy=self._task.score(model) if accuracy is None else accuracy,
             macs=profile.macs,
             params=profile.params,
             mac_ratio=profile.macs / original_macs,
@@ -201,11 +246,6 @@ class StageRunner:
         )
         self._store.save(result, plan, model)
         return result
-
-    def _load(self, key: str) -> nn.Module:
-        model = apply_plan(self._original, self._store.plan(key))
-        load_weights(model, self._store.weights(key))
-        return model.eval()
 
     def _calibration_inputs(self, samples: int) -> list[Tensor]:
         if samples == 0:

@@ -7,6 +7,7 @@ many small groups carries its groups; one of few large groups mixes, and keeps t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,6 +41,8 @@ def keep_channels(
     cut = _cutter_of(module)
     if cut is None:
         raise PlanError(f"Channels of a {type(module).__name__} cannot be cut.")
+    if cut is _cut_carrying_convolution and _is_cut_as_mixing(module, inputs, outputs):
+        cut = _cut_mixing
     cut(module, inputs, outputs)
 
 
@@ -118,6 +121,19 @@ def _cutter_of(module: nn.Module) -> Cutter | None:
     if isinstance(module, nn.GroupNorm):
         return _cut_group_norm
     return _cut_prelu if isinstance(module, nn.PReLU) else None
+
+
+def _is_cut_as_mixing(module: nn.Module, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> bool:
+    """Whether a cut can only be meant for a convolution of few large groups.
+
+    An earlier cut of its inputs may have made the groups so small that it now looks like one of many.
+    """
+    if inputs is not None:
+        return True
+    number = chunks(module, "outputs")
+    width = channel_count(module, "outputs") // number
+    kept = Counter(channel // width for channel in outputs or ())
+    return len(kept) == number and len(set(kept.values())) == 1
 
 
 def _cut_mixing(module: nn.Module, inputs: Sequence[int] | None, outputs: Sequence[int] | None) -> None:

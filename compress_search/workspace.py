@@ -134,6 +134,16 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(target: Path) -> None:
+    """Remove a folder so that a reader sees all of it or nothing; one that does not exist is no error."""
+    temporary = _temporary_beside(target)
+    try:
+        os.rename(target, temporary)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _temporary_beside(path: Path) -> Path:
     # Not tempfile's functions: what those make only its owner can read, for good.
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")

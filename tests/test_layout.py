@@ -38,6 +38,7 @@ ORDER = (
     "compression",
     "training",
     "stage_store",
+    "layer_by_layer",
     "stages",
     "task_path",
     "yaml_settings",

@@ -31,6 +31,7 @@ from compress_search.methods.kept_channels import (
 )
 from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
 from compress_search.methods.remembered import Remembered
+from compress_search.methods.renumbering import renumbered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import ModelProfile, profile_model
@@ -157,6 +158,19 @@ class ChannelPruningAnalysis:
         model = apply_plan(self.model, CompressionPlan((step,))).eval()
         refit_in_forward_order(model, self.model, self._refits(pruned, edits), batches)
         return Compressed(model, step)
+
+    def after(self, compressed: Compressed, example_input: Tensor) -> ChannelPruningAnalysis:
+        """The same groups, with the numbers that their blocks and channels have now."""
+        model, edits = compressed.model, compressed.step.edits
+        check_weights(model)
+        found = [renumbered(group, edits) for group in self.coupling.groups]
+        return ChannelPruningAnalysis(
+            model,
+            profile_model(model, example_input),
+            Coupling(tuple(one.group for one in found), self.coupling.reasons),
+            self.ignore,
+            {one.group.name: one.renumber(self.protected[one.group.name]) for one in found},
+        )
 
     @cached_property
     def _macs(self) -> Cost:

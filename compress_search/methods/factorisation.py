@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import gram_matrices
+from compress_search.calibration import check_weights, gram_matrices
 from compress_search.exceptions import ModelError
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_of
 from compress_search.methods.kernel_split import KernelSplit
@@ -19,7 +19,7 @@ from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
-from compress_search.profile import LayerProfile, ModelProfile
+from compress_search.profile import LayerProfile, ModelProfile, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
 
 _REMEMBERED = 2**26
@@ -97,6 +97,13 @@ class FactorisationAnalysis:
             splits[name].write(model.get_submodule(name), factors.truncated(sizes[name]))
         refit_in_forward_order(model, self.model, self._refits(model, splits), batches)
         return Compressed(model, step)
+
+    def after(self, compressed: Compressed, example_input: Tensor) -> FactorisationAnalysis:
+        """The model as it is now: layers that are not factorised yet have kept their names and shapes."""
+        model = compressed.model
+        check_weights(model)
+        profile = profile_model(model, example_input)
+        return FactorisationAnalysis(self.method, model, profile, self.ignore, self.split_of)
 
     def imitations(
         self, sizes: Mapping[str, Sequence[int]], batches: Sequence[Tensor]

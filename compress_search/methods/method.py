@@ -6,6 +6,8 @@ builds the compressed model. Two laws hold for every method:
 
 * the MACs and parameters that :meth:`Analysis.cost` says are exactly those counted on the built model;
 * every unit at its full size reproduces the dense model's output to float precision.
+
+And units may be compressed one after the other (:meth:`Analysis.after`), which gives the same MACs.
 """
 
 from __future__ import annotations
@@ -159,6 +161,20 @@ class Analysis(Protocol):
 
         Raises:
             ModelError: A size does not fit its unit, or weights or activations are not finite.
+        """
+
+    def after(self, compressed: Compressed, example_input: Tensor) -> Analysis:
+        """The view of a model in which some units are compressed already, and the others are to be.
+
+        All other units have the names, full sizes and least sizes that they had. Costs are not asked of it.
+
+        Args:
+            compressed: What :meth:`apply` made of this view's model; its weights may have changed since. The
+                edits may be those of several applications, one after the other.
+            example_input: ``(batch, ...)``.
+
+        Raises:
+            ModelError: Weights are not finite.
         """
 
 

@@ -40,6 +40,8 @@ class SearchSettings:
         round_to: Ranks and channels are multiples of this.
         keep_channels: Indices of output channels that no pruning removes, by the name of the layer of the
             original model that makes them.
+        per_layer_fine_tune: The fine-tuning after each single layer, or group of coupled channels, of every
+            method; ``None`` compresses all layers at once.
         fine_tune: The fine-tuning after each method but the last.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         step: Step of the grid of the first method's ratio. Trials with the same ratio share the first
@@ -64,6 +66,7 @@ class SearchSettings:
     ignore: tuple[str, ...] = ()
     round_to: int = 1
     keep_channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_layer_fine_tune: FineTune | None = None
     fine_tune: FineTune = field(default_factory=FineTune)
     final_fine_tune: FineTune | None = None
     step: float = 0.05
@@ -87,16 +90,21 @@ class SearchSettings:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SearchSettings:
         """Read what :meth:`to_dict` wrote."""
-        final = value["final_fine_tune"]
         return cls(
             **{
                 **value,
                 "methods": tuple(value["methods"]),
                 "ignore": tuple(value["ignore"]),
                 "fine_tune": FineTune(**value["fine_tune"]),
-                "final_fine_tune": None if final is None else FineTune(**final),
+                "final_fine_tune": _fine_tune_of(value["final_fine_tune"]),
+                # Studies that are older than this setting do not name it.
+                "per_layer_fine_tune": _fine_tune_of(value.get("per_layer_fine_tune")),
             }
         )
+
+
+def _fine_tune_of(value: Mapping[str, Any] | None) -> FineTune | None:
+    return None if value is None else FineTune(**value)
 
 
 def _faults_of(settings: SearchSettings) -> list[str]:

@@ -57,6 +57,7 @@ def create_study(
     ignore: tuple[str, ...] = (),
     round_to: int = 1,
     keep_channels: Mapping[str, tuple[int, ...]] | None = None,
+    per_layer_fine_tune: FineTune | None = None,
     fine_tune: FineTune | None = None,
     final_fine_tune: FineTune | None = None,
     step: float = 0.05,
@@ -90,6 +91,8 @@ def create_study(
         ignore: Names or patterns of layers to leave alone.
         round_to: Ranks and channels are multiples of this.
         keep_channels: Indices of output channels that no pruning removes, by layer name.
+        per_layer_fine_tune: The fine-tuning after each single layer, or group of coupled channels; ``None``
+            compresses all layers of a method at once.
         fine_tune: The fine-tuning after each method but the last; ``None`` is the default one.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         step: Step of the grid of the first method's ratio.
@@ -124,6 +127,7 @@ def create_study(
         ignore=tuple(ignore),
         round_to=round_to,
         keep_channels={} if keep_channels is None else keep_channels,
+        per_layer_fine_tune=per_layer_fine_tune,
         fine_tune=fine_tune or FineTune(),
         final_fine_tune=final_fine_tune,
         step=step,
