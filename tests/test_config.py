@@ -79,6 +79,30 @@ def test_the_final_fine_tuning_inherits_what_it_does_not_say(write: Write) -> No
     assert config.search.final_fine_tune == FineTune(epochs=8, lr=0.01)
 
 
+def test_training_after_each_layer_is_read_saved_and_overridden(write: Write, tmp_path: Path) -> None:
+    path = write(MINIMAL + "fine_tune: {epochs: 3, lr: 0.01}\nper_layer_fine_tune: {epochs: 1}\n")
+    config = StudyConfig.load(path)
+    assert config.search.per_layer_fine_tune == FineTune(epochs=1, lr=0.01)
+    config.save(tmp_path / "config.yaml")
+    assert StudyConfig.load(tmp_path / "config.yaml") == config
+    other = StudyConfig.load(tmp_path / "config.yaml", ["per_layer_fine_tune.lr=1e-3"])
+    assert other.search.per_layer_fine_tune == FineTune(epochs=1, lr=0.001)
+    assert StudyConfig.load(path, ["per_layer_fine_tune=null"]).search.per_layer_fine_tune is None
+    assert StudyConfig.load(write(MINIMAL)).search.per_layer_fine_tune is None
+
+
+def test_faults_of_the_training_after_each_layer_come_together(write: Write) -> None:
+    text = "per_layer_fine_tune: {epoch: 1, lr: -1}\nper_layer_finetune: {epochs: 1}\n"
+    assert faults_of(write(MINIMAL + text)) == (
+        "per_layer_finetune is not a known key; did you mean per_layer_fine_tune?",
+        "per_layer_fine_tune.epoch is not a known key; did you mean per_layer_fine_tune.epochs?",
+        "per_layer_fine_tune.lr is -1.0; it must be a positive number.",
+    )
+    assert faults_of(write(MINIMAL + "per_layer_fine_tune: 3\n")) == (
+        "per_layer_fine_tune is 3; it must be a mapping or null.",
+    )
+
+
 def test_overrides_are_stronger_than_the_file(write: Write) -> None:
     path = write(MINIMAL + "fine_tune: {epochs: 3, lr: 0.01}\n")
     config = StudyConfig.load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -21,6 +22,7 @@ RECIPE = Recipe(
             keep_channels={"layer1.conv": (0, 3), "stem": (7,)},
         ),
         FineTune(epochs=0),
+        Compress(method="weight_svd", mac_ratio=0.9, per_layer_fine_tune=FineTune(epochs=1, lr=0.01)),
     )
 )
 
@@ -31,7 +33,7 @@ def test_a_recipe_survives_json_unchanged():
 
 def test_stages_are_named_after_what_they_do():
     names = [stage.name for stage in RECIPE.stages]
-    assert names == ["spatial_svd", "fine_tune", "channel_pruning", "fine_tune"]
+    assert names == ["spatial_svd", "fine_tune", "channel_pruning", "fine_tune", "weight_svd"]
 
 
 def test_channels_to_keep_are_written_in_one_way():
@@ -60,6 +62,23 @@ def test_every_setting_of_a_stage_is_stored():
     stored = stage_to_dict(FineTune(lr=0.3))
     assert stored.pop("stage") == "fine_tune"
     assert FineTune(**stored) == FineTune(lr=0.3)
+
+
+def test_a_stage_without_training_after_each_layer_is_stored_as_it_was_before_there_was_such_a_thing():
+    plain = Compress(method="spatial_svd", mac_ratio=0.5)
+    assert "per_layer_fine_tune" not in stage_to_dict(plain)
+    assert Compress(method="spatial_svd", mac_ratio=0.5, per_layer_fine_tune=FineTune(epochs=0)) == plain
+    assert stage_to_dict(Compress(method="spatial_svd", mac_ratio=0.5, per_layer_fine_tune=FineTune())) == {
+        **stage_to_dict(plain),
+        "per_layer_fine_tune": dataclasses.asdict(FineTune()),
+    }
+
+
+def test_training_after_each_layer_takes_settings_and_nothing_else():
+    says = r"per_layer_fine_tune is \{'epochs': 1\}; it must be .* such as FineTune\("
+    with pytest.raises(ConfigError, match=says) as caught:
+        Compress(method="spatial_svd", mac_ratio=0.5, samples=-1, per_layer_fine_tune={"epochs": 1})
+    assert len(caught.value.faults) == 2
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, math.nan, math.inf, True, "0.5", None])

@@ -137,6 +137,20 @@ def test_large_groups_keep_the_same_positions():
     assert (channel_count(layer, "inputs"), channel_count(layer, "outputs"), layer.groups) == (6, 4, 2)
 
 
+@pytest.mark.parametrize("rest", [{"outputs": [0, 1, 7, 11]}, {"inputs": [0, 2]}])
+def test_large_groups_that_were_cut_small_are_still_cut_as_large_ones(rest):
+    layer = nn.Conv2d(8, 12, 3, groups=2)
+    keep_channels(layer, inputs=[0, 1, 4, 5])
+    assert carries_channels(layer), "by its shape alone it would be one of many small groups"
+    inputs = torch.randn(2, 4, 5, 5)
+    inputs[:, [1, 3]] = 0.0
+    dense = layer(inputs)
+    outputs = rest.get("outputs", range(12))
+    keep_channels(layer, **rest)
+    torch.testing.assert_close(layer(inputs[:, rest.get("inputs", range(4))]), dense[:, outputs])
+    assert layer.groups == 2
+
+
 @pytest.mark.parametrize("kept", [{"inputs": [0, 1, 2, 5, 6, 7]}, {"outputs": [0, 1, 2]}])
 def test_groups_that_would_become_unequal_are_refused(kept):
     with pytest.raises(PlanError, match="2 groups of a Conv2d"):

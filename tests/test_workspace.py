@@ -10,6 +10,7 @@ from compress_search.exceptions import WorkspaceError
 from compress_search.workspace import (
     Workspace,
     new_folder,
+    remove_folder,
     write_bytes_atomically,
     write_json_atomically,
     write_text_atomically,
@@ -29,6 +30,14 @@ def test_an_unwritable_workspace_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkspaceError, match=r"cannot be written .*workspace=DIR, after `compress"):
         Workspace(tmp_path / "file" / "runs").prepare()
+
+
+def test_a_removed_folder_is_gone_and_leaves_nothing(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "inner" / "file").write_text("")
+    for _ in range(2):
+        remove_folder(tmp_path / "folder")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_text_and_json_are_written_and_replaced(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from compress_search.calibration import divergence
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.methods import METHODS
+from compress_search.methods.method import Compressed
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import COUNTED_LAYERS, profile_model
 from compress_search.selection.uniform import select_uniform
@@ -66,6 +68,55 @@ def test_half_the_macs(method, net, samples):
     # What only training uses, such as an auxiliary head, still fits.
     trained, wanted = compressed.model.train()(inputs), copy.deepcopy(model).train()(inputs)
     assert [t.shape for t in tree_leaves(trained)] == [t.shape for t in tree_leaves(wanted)]
+
+
+def _half(analysis):
+    return select_uniform(analysis, 0.5)
+
+
+def _smallest(analysis):
+    return {unit.name: unit.least for unit in analysis.units}
+
+
+@every_method
+@every_net
+@pytest.mark.parametrize("choose", [_half, _smallest])
+def test_units_compressed_one_after_the_other_give_what_all_at_once_give(method, net, choose):
+    model = zoo.build(net)
+    analysis = method.analyse(model, EXAMPLE)
+    sizes = choose(analysis)
+    batches = _batches(32)
+    at_once = analysis.apply(sizes, batches)
+    one_by_one = Compressed(model, dataclasses.replace(at_once.step, edits=()))
+    done: dict[str, int] = {}
+    for unit in analysis.units:
+        if unit.name not in sizes:
+            continue
+        view = analysis.after(one_by_one, EXAMPLE)
+        done[unit.name] = sizes[unit.name]
+        assert unit in view.units
+        compressed = view.apply({unit.name: sizes[unit.name]}, batches)
+        edits = (*one_by_one.step.edits, *compressed.step.edits)
+        one_by_one = Compressed(compressed.model, dataclasses.replace(one_by_one.step, edits=edits))
+        _train_a_little(one_by_one.model)
+        counted = profile_model(one_by_one.model, EXAMPLE)
+        assert counted.macs == analysis.predict_macs(done)
+        assert counted.params == analysis.predict_params(done)
+    shapes = [{n: t.shape for n, t in c.model.state_dict().items()} for c in (one_by_one, at_once)]
+    assert shapes[0] == shapes[1]
+
+    plan = CompressionPlan((one_by_one.step,))
+    replayed = apply_plan(model, CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))))
+    replayed.load_state_dict(one_by_one.model.state_dict())
+    inputs = torch.randn(2, *zoo.EXAMPLE_SHAPE[1:])
+    with torch.no_grad():
+        assert torch.equal(replayed(inputs), one_by_one.model(inputs))
+
+
+def _train_a_little(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape))
 
 
 @every_method

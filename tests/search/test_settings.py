@@ -15,6 +15,7 @@ def test_settings_survive_json():
         methods=("channel_pruning",),
         fine_tune=FineTune(epochs=3),
         final_fine_tune=FineTune(lr=0.1),
+        per_layer_fine_tune=FineTune(epochs=1),
         max_drop_after_ssvd=0.0,
         ignore=("head.*",),
         round_to=8,
@@ -23,6 +24,12 @@ def test_settings_survive_json():
     assert SearchSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     plain = SearchSettings(target=0.4)
     assert SearchSettings.from_dict(plain.to_dict()) == plain
+
+
+def test_settings_from_before_training_after_each_layer_are_read():
+    stored = SearchSettings(target=0.4).to_dict()
+    del stored["per_layer_fine_tune"]
+    assert SearchSettings.from_dict(stored) == SearchSettings(target=0.4)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,7 @@ def test_settings_survive_json():
         ({"samples": -1}, "samples is -1"),
         ({"round_to": 0}, "round_to is 0"),
         ({"keep_channels": {"head": (0, -3)}}, r"keep_channels\['head'\] is \(0, -3\)"),
+        ({"per_layer_fine_tune": 3}, "per_layer_fine_tune is 3; it must be settings of fine-tuning"),
         ({"max_drop_after_ssvd": -0.01}, "max_drop_after_ssvd is -0.01"),
         ({"seed": -1}, "seed is -1"),
     ],

@@ -87,13 +87,14 @@ def test_the_second_ratio_follows_what_the_first_achieved(make_settings):
 
 
 def test_a_recipe_compresses_and_trains_twice_with_the_gate_between(make_settings):
-    left_alone = {"ignore": ("head",), "round_to": 4, "keep_channels": {"stem": (0, 3)}}
-    settings = make_settings(final_fine_tune=FineTune(epochs=7), samples=3, **left_alone)
+    passed_on = {"ignore": ("head",), "round_to": 4, "keep_channels": {"stem": (0, 3)}}
+    passed_on["per_layer_fine_tune"] = FineTune(epochs=2)
+    settings = make_settings(final_fine_tune=FineTune(epochs=7), samples=3, **passed_on)
     proposal = propose(fixed({"c_ssvd": 0.8, "c_cp": 0.63}), settings, exactly)
     assert proposal.recipe.stages == (
-        Compress(method="spatial_svd", mac_ratio=0.8, samples=3, **left_alone),
+        Compress(method="spatial_svd", mac_ratio=0.8, samples=3, **passed_on),
         FineTune(epochs=1),
-        Compress(method="channel_pruning", mac_ratio=0.63, samples=3, **left_alone),
+        Compress(method="channel_pruning", mac_ratio=0.63, samples=3, **passed_on),
         FineTune(epochs=7),
     )
     assert proposal.gate_after == 2

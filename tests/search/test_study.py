@@ -24,7 +24,7 @@ from compress_search.exceptions import (
 )
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
-from compress_search.recipe import FineTune
+from compress_search.recipe import FineTune, Recipe
 from compress_search.results import Reference
 from compress_search.search.identity import DIRECTIONS
 from compress_search.search.recovery import Worker
@@ -209,6 +209,7 @@ def test_report_and_export_lie_in_the_studys_folder(finished):
         ({"round_to": 2}, "round_to", "1", "2"),
         ({"ignore": ("0",)}, "ignore", "[]", "['0']"),
         ({"keep_channels": {"0": (1,)}}, "keep_channels.0", "'nothing'", "[1]"),
+        ({"per_layer_fine_tune": FineTune()}, "per_layer_fine_tune", "None", "{'epochs': 10,"),
     ],
 )
 def test_another_setting_is_refused_by_its_name(create, changes, field, stored, asked):
@@ -256,6 +257,25 @@ def test_the_same_study_is_continued(create):
     again = optimize(create(), 2)
     assert len(again.candidates()) >= 2
     assert first.candidates()[0] == again.candidates()[0]
+
+
+def test_training_after_each_layer_leaves_the_stages_of_a_trial_as_they_are(create):
+    study = optimize(create(per_layer_fine_tune=FineTune(epochs=1), selection="uniform"), 3)
+    complete = [candidate for candidate in study.candidates() if candidate.state == "complete"]
+    assert {tuple(stage.name for stage in candidate.stages) for candidate in complete} == {
+        ("spatial_svd", "fine_tune"),
+        ("channel_pruning", "fine_tune"),
+        ("spatial_svd", "fine_tune", "channel_pruning", "fine_tune"),
+    }
+    example = study.task.example_input
+    for candidate in complete:
+        assert profile_model(candidate.load_model(), example).macs == candidate.stages[-1].macs
+    recipe = Recipe.from_dict(study.optuna_study.trials[0].user_attrs["recipe"])
+    assert recipe.stages[0].per_layer_fine_tune == FineTune(epochs=1)
+    keys = {stage.key for candidate in complete for stage in candidate.stages}
+    # Beside them there is the original.
+    assert len([*study.workspace.stages.iterdir()]) == len(keys) + 1
+    assert study.report(complete[0]).page.is_file()
 
 
 @pytest.mark.parametrize("directions", [["minimize", "minimize"], ["maximize"]])
