@@ -10,7 +10,7 @@ operations, and PyTorch's states of that thread.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,20 @@ class CannotPauseError(Exception):
     """The model's forward pass is within a block that must not be left for another pass."""
 
 
+Notes = dict[Hashable, Any]
+"""What of a pass is wanted later on, under names."""
+
+
 class _Running(greenlet):  # type: ignore[misc]
-    """The call stack of a pass."""
+    """The call stack of a pass.
+
+    Attributes:
+        notes: What was noted down on its way.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        super().__init__(run)
+        self.notes: Notes = {}
 
 
 class PausablePass:
@@ -40,6 +52,12 @@ class PausablePass:
         self._greenlet = _Running(lambda: model(batch))
         self._greenlet.gr_context = contextvars.copy_context()
         self._state: _ThreadState | None = None
+
+    @property
+    def notes(self) -> Notes:
+        """What was written to :func:`notes_of_pass` in this pass so far."""
+        notes: Notes = self._greenlet.notes
+        return notes
 
     def resume(self) -> Tensor | None:
         """Go on to the next pause.
@@ -93,6 +111,18 @@ def pausing_after(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def notes_of_pass(outside: Notes) -> Notes:
+    """Where a hook can note down something for whoever started the pass that it is called in.
+
+    Args:
+        outside: What is returned outside of any :class:`PausablePass`.
+    """
+    if isinstance(getcurrent(), _Running):
+        notes: Notes = getcurrent().notes
+        return notes
+    return outside
 
 
 def _hand_over(value: Tensor) -> None:

@@ -3,13 +3,16 @@
 Each layer is given the weights with which its outputs, computed from the inputs that the *compressed* net
 now feeds it, come nearest to what the *original* layer put out. Errors of earlier layers are so made good
 by later ones instead of adding up (He et al. 2017, section 3.2; Zhang et al. 2016, section 3.3,
-"asymmetric").
+"asymmetric"). Where a layer's output is added to something, as at the end of a residual branch, it is to make
+good what is lost there too (:mod:`compress_search.residual_sums`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,8 +23,9 @@ from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.calibration import warn_of_few_rows
 from compress_search.least_squares import Regression, regression_of
 from compress_search.patches import add_to_weights
-from compress_search.pausing import PausablePass, passes_keep_apart, pausing_after, pausing_before
+from compress_search.pausing import Notes, PausablePass, passes_keep_apart, pausing_after, pausing_before
 from compress_search.profile import inference_mode_of
+from compress_search.residual_sums import Place, ResidualSum, find_residual_sums, noting
 
 logger = logging.getLogger("compress_search")
 
@@ -44,12 +48,15 @@ class Refit:
         source: Name of the layer of the original model whose outputs it should reproduce.
         outputs: Indices of the original layer's output channels that it still has; ``None`` for all.
         calls: How often both layers run in one forward pass.
+        sum: What the output of both is added to, by names that hold in both models; ``None`` for nothing
+            that the layer should make good.
     """
 
     layer: str
     source: str
     outputs: tuple[int, ...] | None = None
     calls: int = 1
+    sum: ResidualSum | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Visit:
         inputs: What the compressed model feeds the layer.
         outputs: What the layer makes of it with its present weights.
         wanted: What the original layer put out.
+        beside: What the outputs are added to, in the compressed model and in the original, if that is known.
     """
 
     batch: int
@@ -69,6 +77,7 @@ class Visit:
     inputs: Tensor
     outputs: Tensor
     wanted: Tensor
+    beside: tuple[Tensor, Tensor] | None = None
 
 
 class Road(Protocol):
@@ -103,6 +112,8 @@ def refit_in_forward_order(
     if not batches or not refits:
         return
     with inference_mode_of(model), inference_mode_of(original):
+        sums = find_residual_sums(original, batches[0][:1].to(next(original.parameters()).device))
+        refits = [dataclasses.replace(refit, sum=sums.get(refit.source)) for refit in refits]
         road = _road(model, original, refits, batches)
         try:
             refit_on(road, model, refits)
@@ -118,6 +129,9 @@ def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
         regression: Regression | None = None
         for visit in road.visits(refit):
             residual = _kept(layer, visit.wanted, refit.outputs).sub(visit.outputs)
+            if refit.sum is not None and visit.beside is not None:
+                ours, theirs = visit.beside
+                residual += refit.sum.in_layer(model, _kept(layer, theirs, refit.outputs).sub(ours))
             if regression is None:
                 assert isinstance(layer.weight, nn.Parameter)
                 rows = round(refit.calls * residual.numel() / len(layer.weight) / visit.share)
@@ -149,7 +163,8 @@ def _road(model: nn.Module, original: nn.Module, refits: Sequence[Refit], batche
         if not passes_keep_apart(net, [net.get_submodule(name) for name in names], examples):
             logger.info("Passes cannot wait for each other: every refit runs the models from their input.")
             return again
-    return WaitAndGoOn(again, given.before, wanted.after)
+    places = {refit.sum.other for refit in refits if refit.sum is not None}
+    return WaitAndGoOn(again, given.before, wanted.after, places)
 
 
 class RunAgain:
@@ -175,13 +190,18 @@ class RunAgain:
     def visits(self, refit: Refit) -> Iterator[Visit]:
         """See :meth:`Road.visits`."""
         layer, source = self.model.get_submodule(refit.layer), self.original.get_submodule(refit.source)
-        for number, batch in enumerate(self.pieces):
-            for piece in batch:
-                inputs = piece.to(self.device)
-                wanted = _calls(self.original, source, inputs, refit.calls)
-                given = _calls(self.model, layer, inputs, refit.calls)
-                for (_, target), (seen, output) in zip(wanted, given, strict=True):
-                    yield Visit(number, self.share(piece), seen, output, target)
+        places = [] if refit.sum is None else [refit.sum.other]
+        ours: Notes = {}
+        theirs: Notes = {}
+        with noting(self.model, places, ours), noting(self.original, places, theirs):
+            for number, batch in enumerate(self.pieces):
+                for piece in batch:
+                    inputs = piece.to(self.device)
+                    wanted = _calls(self.original, source, inputs, refit.calls)
+                    given = _calls(self.model, layer, inputs, refit.calls)
+                    beside = _taken(refit, ours, theirs)
+                    for (_, target), (seen, output) in zip(wanted, given, strict=True):
+                        yield Visit(number, self.share(piece), seen, output, target, beside)
 
     def close(self) -> None:
         """See :meth:`Road.close`; there is nothing."""
@@ -205,6 +225,11 @@ class _Waiting:
     running: PausablePass | None = None
     bytes: int = 0
 
+    @property
+    def notes(self) -> Notes:
+        """What was noted down in its pass."""
+        return {} if self.running is None else self.running.notes
+
 
 class WaitAndGoOn:
     """Lets all passes wait at one layer after the other, as far as memory allows.
@@ -213,10 +238,18 @@ class WaitAndGoOn:
         again: The road to take where this one cannot be taken.
         before: Bytes that one example's activations take when a layer of the compressed model begins.
         after: Bytes that they take when a layer of the original has ended.
+        places: Where the tensors can be had that the layers' outputs are added to.
     """
 
-    def __init__(self, again: RunAgain, before: dict[str, int], after: dict[str, int]) -> None:
+    def __init__(
+        self,
+        again: RunAgain,
+        before: dict[str, int],
+        after: dict[str, int],
+        places: Collection[Place] = (),
+    ) -> None:
         self._again = again
+        self._places = places
         self._before = before
         self._after = after
         self._sides = [
@@ -233,15 +266,20 @@ class WaitAndGoOn:
             return
         model, original = self._again.model, self._again.original
         layer = model.get_submodule(refit.layer)
-        with pausing_before(layer), pausing_after(original.get_submodule(refit.source)):
+        with ExitStack() as hooks:
+            hooks.enter_context(pausing_before(layer))
+            hooks.enter_context(pausing_after(original.get_submodule(refit.source)))
+            for net in (model, original):
+                hooks.enter_context(noting(net, self._places, {}))
             for theirs, ours in zip(*self._sides, strict=True):
                 wanted = self._go_on(theirs)
                 inputs = self._go_on(ours)
+                beside = _taken(refit, ours.notes, theirs.notes)
                 if wanted is not None and inputs is not None:
                     share = self._again.share(ours.piece)
-                    yield Visit(ours.number, share, inputs, layer(inputs), wanted)
+                    yield Visit(ours.number, share, inputs, layer(inputs), wanted, beside)
                 # Nothing here may outlive the pass that it belongs to.
-                del wanted, inputs
+                del wanted, inputs, beside
                 self._wait(theirs, self._after.get(refit.source))
                 self._wait(ours, self._before.get(refit.layer))
 
@@ -274,6 +312,14 @@ class WaitAndGoOn:
         if waiting.running is not None:
             waiting.running.drop()
         waiting.running, waiting.bytes = None, 0
+
+
+def _taken(refit: Refit, ours: Notes, theirs: Notes) -> tuple[Tensor, Tensor] | None:
+    """What the outputs are added to, taken out of the notes; ``None`` where it was not seen in both models."""
+    if refit.sum is None:
+        return None
+    beside = ours.pop(refit.sum.other, None), theirs.pop(refit.sum.other, None)
+    return None if beside[0] is None or beside[1] is None else beside
 
 
 class _Reached(Exception):

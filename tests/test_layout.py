@@ -31,6 +31,7 @@ ORDER = (
     "activations",
     "calibration",
     "pausing",
+    "residual_sums",
     "least_squares",
     "reconstruction",
     "methods",

@@ -42,6 +42,7 @@ class Consumer:
     covariance: Tensor
     weights: Tensor
     blocks: Tensor
+    root: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ class _State:
         factor = ridge_cholesky(covariance, _RIDGE * mean_energy(covariance))
         inverse = torch.cholesky_inverse(factor)
         self._inverse = inverse[self._features[:, None], grouped]
-        self._weights = consumer.weights[self._features]
-        energy = (consumer.weights * (covariance @ consumer.weights)).sum()
+        self._root = consumer.root
+        weighed = consumer.weights if self._root is None else consumer.weights @ self._root
+        self._weights = weighed[self._features]
+        energy = (weighed * (covariance @ weighed)).sum() if self._root is None else covariance.new_ones(())
         self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
         self._slots = torch.arange(blocks)
         """Where each block's rows begin, in blocks; -1 for those that are gone."""
@@ -203,7 +206,9 @@ class _State:
         self._catch_up()
         every = self._weights.new_zeros(self._shape)
         every[self._features] = self._weights
-        return every
+        if self._root is None:
+            return every
+        return torch.linalg.solve_triangular(self._root, every, upper=False, left=False)
 
     def _catch_up(self) -> None:
         """Carry out what is pending, and drop the rows of blocks that are gone."""

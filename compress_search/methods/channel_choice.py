@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from compress_search.calibration import gram_elements, gram_matrices
 from compress_search.methods.brain_surgeon import Consumer, remove_blocks
 from compress_search.methods.coupling import CoupledGroup, Member
+from compress_search.linear_algebra import mean_energy, ridge_cholesky
+from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.patches import has_patches
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
 from compress_search.surgery import chunks
@@ -112,7 +114,15 @@ def input_moments(
     for name in sorted(names):
         if has_patches(model, name):
             views[name] = model.get_submodule(name)
-    return gram_matrices(model, views, batches) if batches and views else {}
+    if not batches or not views:
+        return {}
+    grams = gram_matrices(model, views, batches)
+    import os
+    if os.environ.get("FISHER","1")=="1":
+        sens = output_sensitivities(model, list(grams), batches)
+        if set(sens) == set(grams):
+            for name in grams: grams[name].sens = sens[name]
+    return grams
 
 
 def consumers_of(layer: nn.Module, member: Member, moments: Tensor) -> list[Consumer]:
@@ -133,7 +143,12 @@ def consumers_of(layer: nn.Module, member: Member, moments: Tensor) -> list[Cons
             mean = moments[chunk, :-1, -1]
             covariance = covariance - torch.outer(mean, mean)
         features = (channels[:, :, None] * kernel + taps).flatten(1)
-        found.append(Consumer(covariance, weights=rows[chunk].T, blocks=features))
+        root = None
+        if hasattr(moments,'sens'):
+            S = moments.sens[chunk]
+            share = float(__import__("os").environ.get("SHARE","0.3"))
+            root = ridge_cholesky(S, share * mean_energy(S))
+        found.append(Consumer(covariance, weights=rows[chunk].T, blocks=features, root=root))
     return found
 
 
