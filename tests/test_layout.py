@@ -17,6 +17,7 @@ ORDER = (
     "fingerprint",
     "profile",
     "surgery",
+    "weight_sharing",
     "plan",
     "task",
     "recipe",

@@ -140,9 +140,9 @@ class _State:
         others[grouped] = False
         self._features = torch.cat([grouped, others.nonzero()[:, 0]]) if resolve else grouped
         """The feature that each row stands for."""
-        factor = ridge_cholesky(covariance, _RIDGE * mean_energy(covariance))
-        inverse = torch.cholesky_inverse(factor)
-        self._inverse = inverse[self._features[:, None], grouped]
+        # Neither the factor nor the inverse in another order outlives its line: each can be 170 MB.
+        self._inverse = torch.cholesky_inverse(ridge_cholesky(covariance, _RIDGE * mean_energy(covariance)))
+        self._inverse = self._inverse[self._features[:, None], grouped]
         self._weights = consumer.weights[self._features]
         energy = (consumer.weights * (covariance @ consumer.weights)).sum()
         self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
