@@ -29,6 +29,7 @@ ORDER = (
     "replay",
     "patches",
     "moments",
+    "sampled_rows",
     "activations",
     "calibration",
     "pausing",

@@ -12,13 +12,14 @@ large products once in a while, so that all steps together cost about as much as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from compress_search.linear_algebra import mean_energy, ridge_cholesky
+from compress_search.methods.brain_surgeon_on_rows import ConsumerOnRows, StateOnRows
 
 _RIDGE = 1e-4
 """Added to the Gram matrix relative to its mean diagonal; keeps a rank-deficient one invertible."""
@@ -53,14 +54,15 @@ class Removal:
         errors: For each step, the relative squared output error that it adds, summed over the consumers,
             with all remaining weights re-solved.
         kept: Indices of the blocks that stay, in ascending order.
-        weights: For each number of blocks asked for, each consumer's weights ``(features, channels)``
-            re-solved for that many blocks, with zeros for the features of the removed ones.
+        weights: For each number of blocks asked for, what gives each consumer's weights
+            ``(features, channels)`` re-solved for that many blocks, with zeros for the features of the
+            removed ones.
     """
 
     order: tuple[int, ...]
     errors: tuple[float, ...]
     kept: tuple[int, ...]
-    weights: Mapping[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    weights: Mapping[int, tuple[Callable[[], Tensor], ...]] = field(default_factory=dict)
 
     def kept_at(self, size: int) -> tuple[int, ...]:
         """Indices of the blocks that are left when ``size`` of them are, in ascending order."""
@@ -69,7 +71,7 @@ class Removal:
 
 
 def remove_blocks(
-    consumers: Sequence[Consumer],
+    consumers: Sequence[Consumer | ConsumerOnRows],
     *,
     keep: int = 0,
     protected: Collection[int] = (),
@@ -87,15 +89,15 @@ def remove_blocks(
         snapshots: Numbers of blocks at which the re-solved weights are wanted. Those that are never
             reached, because more blocks stay, are missing from the answer.
     """
-    states = [_State(consumer, resolve=bool(snapshots)) for consumer in consumers]
+    states = [_state_of(consumer, resolve=bool(snapshots)) for consumer in consumers]
     remaining = list(range(len(consumers[0].blocks)))
     order: list[int] = []
     errors: list[float] = []
-    weights: dict[int, tuple[Tensor, ...]] = {}
+    weights: dict[int, tuple[Callable[[], Tensor], ...]] = {}
     free = set(remaining) - set(protected)
     while True:
         if len(remaining) in snapshots:
-            weights[len(remaining)] = tuple(state.weights() for state in states)
+            weights[len(remaining)] = tuple(state.resolved() for state in states)
         if len(remaining) <= keep or not free:
             return Removal(tuple(order), tuple(errors), tuple(remaining), weights)
         costs = torch.stack([state.costs() for state in states]).sum(dim=0)
@@ -120,7 +122,14 @@ def bias_that_follows(bias: Tensor, mean: Tensor, weights: Tensor, resolved: Ten
         weights: ``(features, channels)``, before.
         resolved: ``(features, channels)``, after.
     """
-    return bias + (mean @ (weights - resolved)).to(bias.dtype)
+    moved = mean.to(weights.dtype) @ weights - mean.to(resolved.dtype) @ resolved
+    return bias + moved.to(bias.dtype)
+
+
+def _state_of(consumer: Consumer | ConsumerOnRows, *, resolve: bool) -> _State | StateOnRows:
+    if isinstance(consumer, ConsumerOnRows):
+        return StateOnRows(consumer, ridge=_RIDGE)
+    return _State(consumer, resolve=resolve)
 
 
 class _State:
@@ -198,12 +207,12 @@ class _State:
         if self._pending + width > self._columns.shape[1]:
             self._catch_up()
 
-    def weights(self) -> Tensor:
-        """The re-solved weights, ``(features, channels)``, with zeros for the features that are gone."""
+    def resolved(self) -> Callable[[], Tensor]:
+        """What gives the weights as they are re-solved now, zeros for the features that are gone."""
         self._catch_up()
         every = self._weights.new_zeros(self._shape)
         every[self._features] = self._weights
-        return every
+        return lambda: every
 
     def _catch_up(self) -> None:
         """Carry out what is pending, and drop the rows of blocks that are gone."""

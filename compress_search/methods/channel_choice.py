@@ -8,11 +8,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import gram_elements, gram_matrices
+from compress_search.calibration import InputMoments, gram_matrices, moment_elements
 from compress_search.methods.brain_surgeon import Consumer, remove_blocks
+from compress_search.methods.brain_surgeon_on_rows import ConsumerOnRows
 from compress_search.methods.coupling import CoupledGroup, Member
 from compress_search.patches import has_patches
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
+from compress_search.sampled_rows import SampledRows
 from compress_search.surgery import chunks
 
 _GRAM_ELEMENTS = 2**26
@@ -72,7 +74,7 @@ def choose_blocks(
 def _choose(
     model: nn.Module,
     group: CoupledGroup,
-    moments: Mapping[str, Tensor],
+    moments: Mapping[str, InputMoments],
     *,
     size: int,
     protected: Collection[int],
@@ -94,7 +96,7 @@ def groups_within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> li
     filled = 0
     for group in groups:
         names = {member.layer for member in group.consumers if has_patches(model, member.layer)}
-        elements = sum(gram_elements(model.get_submodule(name)) for name in names)
+        elements = sum(moment_elements(model.get_submodule(name)) for name in names)
         if not lists or filled + elements > _GRAM_ELEMENTS:
             lists.append([])
             filled = 0
@@ -105,8 +107,8 @@ def groups_within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> li
 
 def input_moments(
     model: nn.Module, groups: Sequence[CoupledGroup], batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Second moments of every consumer's input patches, ``(chunks, features + 1, features + 1)``."""
+) -> dict[str, InputMoments]:
+    """Second moments of every consumer's input patches, see :func:`gram_matrices`."""
     names = {member.layer for group in groups for member in group.consumers}
     views = {}
     for name in sorted(names):
@@ -115,26 +117,35 @@ def input_moments(
     return gram_matrices(model, views, batches) if batches and views else {}
 
 
-def consumers_of(layer: nn.Module, member: Member, moments: Tensor) -> list[Consumer]:
+def consumers_of(layer: nn.Module, member: Member, moments: InputMoments) -> list[Consumer | ConsumerOnRows]:
     """One consumer for each group of a layer: each sees its own part of every block."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     number = chunks(layer, "inputs")
     width, kernel = weight.shape[1], weight[0, 0].numel()
-    rows = weight.detach().double().flatten(1).reshape(number, -1, width * kernel)
-    found = []
+    rows = weight.detach().flatten(1).reshape(number, -1, width * kernel)
+    found: list[Consumer | ConsumerOnRows] = []
     for chunk in range(number):
         own = [[c % width for c in block if c // width == chunk] for block in member.blocks]
         channels = torch.as_tensor(own, device=weight.device)
         taps = torch.arange(kernel, device=weight.device)
-        covariance = moments[chunk, :-1, :-1]
-        if isinstance(layer.bias, nn.Parameter):
-            # The bias can make good the mean of what is removed.
-            mean = moments[chunk, :-1, -1]
-            covariance = covariance - torch.outer(mean, mean)
         features = (channels[:, :, None] * kernel + taps).flatten(1)
-        found.append(Consumer(covariance, weights=rows[chunk].T, blocks=features))
+        # The bias can make good the mean of what is removed.
+        mean = mean_inputs(moments)[chunk] if isinstance(layer.bias, nn.Parameter) else None
+        if isinstance(moments, SampledRows):
+            seen = moments.values[chunk].double()
+            seen = seen if mean is None else seen - mean
+            found.append(ConsumerOnRows(seen, weights=rows[chunk].T, blocks=features))
+        else:
+            covariance = moments[chunk, :-1, :-1]
+            covariance = covariance if mean is None else covariance - torch.outer(mean, mean)
+            found.append(Consumer(covariance, weights=rows[chunk].double().T, blocks=features))
     return found
+
+
+def mean_inputs(moments: InputMoments) -> Tensor:
+    """Mean of a layer's input rows, ``(chunks, features)`` in float64."""
+    return moments.mean if isinstance(moments, SampledRows) else moments[:, :-1, -1]
 
 
 def largest_blocks(
