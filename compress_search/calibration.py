@@ -19,6 +19,7 @@ from compress_search.divergence import Divergence, divergence_of
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
 from compress_search.profile import CONVOLUTIONS, inference_mode_of
+from compress_search.sampled_rows import RowSampling, SampledRows, most_rows
 
 logger = logging.getLogger("compress_search")
 
@@ -29,12 +30,16 @@ _COMPARED = 4
 """One batch in so many decides between two sets of BatchNorm statistics."""
 
 WIDEST = 8192
-"""Layers with more input features than this have no Gram matrix (0.5 GB in float64 at this width)."""
+"""Of layers with more input features than this, rows are kept in place of a Gram matrix (0.5 GB in float64 at
+this width)."""
+
+InputMoments = Tensor | SampledRows
+"""What is kept of a layer's inputs: a Gram matrix, or of a wide layer some rows."""
 
 
 def gram_matrices(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
+) -> dict[str, InputMoments]:
     """Accumulate the second moments of layers' input patches.
 
     One pass over the batches serves as many layers as fit into a bounded memory.
@@ -49,34 +54,44 @@ def gram_matrices(
     Returns:
         For each layer of at most :data:`WIDEST` features ``(groups, features + 1, features + 1)`` in float64:
         the mean over the rows of the outer product of ``(row, 1)`` with itself. The last column holds the
-        mean of the rows.
+        mean of the rows. For each wider layer a sample of its rows.
 
     Raises:
         ModelError: A layer's input is not finite.
     """
-    sizes = {name: gram_elements(layer) for name, layer in layers.items()}
-    wide = [name for name, elements in sizes.items() if not elements]
-    if wide:
-        logger.warning("Too wide for a Gram matrix, so chosen without data: %s.", ", ".join(wide))
     example = batches[0][:1].to(next(model.parameters()).device)
     peak = activation_bytes(model, [], example).peak
     pieces = [piece for batch in pieces_within_memory(batches, peak) for piece in batch]
-    grams: dict[str, Tensor] = {}
-    for names in _passes({name: elements for name, elements in sizes.items() if name not in wide}):
+    grams: dict[str, InputMoments] = {}
+    for names in _passes({name: moment_elements(layer) for name, layer in layers.items()}):
         grams |= _gram_matrices(model, {name: layers[name] for name in names}, pieces)
     return grams
 
 
-def gram_elements(layer: nn.Module) -> int:
-    """Number of elements of a layer's Gram matrices; 0 if it is too wide to have one.
+def moment_elements(layer: nn.Module) -> int:
+    """Number of elements of a layer's Gram matrices, or of the rows that are kept in their place.
 
     Args:
         layer: A convolution or a linear layer.
     """
+    groups, features = _groups_and_features(layer)
+    return most_rows(groups * features) * groups * features if is_wide(layer) else groups * features**2
+
+
+def is_wide(layer: nn.Module) -> bool:
+    """Whether a layer's Gram matrices would be too large.
+
+    Args:
+        layer: A convolution or a linear layer.
+    """
+    groups, features = _groups_and_features(layer)
+    return groups * features**2 > WIDEST**2
+
+
+def _groups_and_features(layer: nn.Module) -> tuple[int, int]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    elements = (layer.groups if isinstance(layer, CONVOLUTIONS) else 1) * weight[0].numel() ** 2
-    return elements if elements <= WIDEST**2 else 0
+    return layer.groups if isinstance(layer, CONVOLUTIONS) else 1, weight[0].numel()
 
 
 def _passes(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -94,11 +109,12 @@ def _passes(sizes: Mapping[str, int]) -> list[list[str]]:
 
 def _gram_matrices(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    sums = {name: MomentSums(layer, has_bias=True) for name, layer in layers.items()}
+) -> dict[str, InputMoments]:
+    wide = {name: RowSampling(layer) for name, layer in layers.items() if is_wide(layer)}
+    sums = {name: MomentSums(layer, has_bias=True) for name, layer in layers.items() if name not in wide}
 
     def accumulate(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: sums[name].add(inputs[0])
+        return lambda module, inputs, output: (sums.get(name) or wide[name]).add(inputs[0])
 
     hooks = [model.get_submodule(name).register_forward_hook(accumulate(name)) for name in layers]
     try:
@@ -107,8 +123,13 @@ def _gram_matrices(
         for hook in hooks:
             hook.remove()
     grams = {name: check_finite(total.gram(), layer=name) for name, total in sums.items()}
-    warn_of_few_rows([name for name, gram in grams.items() if sums[name].rows < gram.shape[-1]])
-    return {name: gram.div_(sums[name].rows) for name, gram in grams.items()}
+    samples = {name: sampling.sample() for name, sampling in wide.items()}
+    for name, sample in samples.items():
+        check_finite(sample.values, layer=name)
+    few = [name for name, gram in grams.items() if sums[name].rows < gram.shape[-1]]
+    few += [name for name, sample in samples.items() if wide[name].seen < sample.values.shape[-1]]
+    warn_of_few_rows([name for name in layers if name in few])
+    return {name: gram.div_(sums[name].rows) for name, gram in grams.items()} | samples
 
 
 def warn_of_few_rows(layers: Sequence[str]) -> None:

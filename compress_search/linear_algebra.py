@@ -1,9 +1,13 @@
-"""Cholesky factors of Gram matrices, which are singular as often as not."""
+"""Cholesky factors of Gram matrices, which are singular as often as not, and their largest eigenvectors."""
 
 from __future__ import annotations
 
+import scipy.linalg
 import torch
 from torch import Tensor
+
+_LARGE = 1024
+"""From this size on it saves time to compute only the eigenvectors that are wanted."""
 
 
 def ridge_cholesky(gram: Tensor, pull: Tensor) -> Tensor:
@@ -43,3 +47,34 @@ def mean_energy(gram: Tensor) -> Tensor:
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     return diagonal.mean(dim=-1, keepdim=True).expand_as(diagonal)
+
+
+def top_eigenvectors(matrix: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of symmetric matrices, and their eigenvectors.
+
+    Of a large matrix on a CPU only those that are wanted are computed, in about half the time of all.
+
+    Args:
+        matrix: ``(..., n, n)``; the lower triangles are used.
+        number: How many are wanted, at most ``n``.
+
+    Returns:
+        The eigenvalues ``(..., number)``, the largest first, and the eigenvectors ``(..., n, number)``.
+    """
+    size = matrix.shape[-1]
+    if matrix.device.type != "cpu" or size < _LARGE or number > size // 2:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values[..., size - number :].flip(-1), vectors[..., size - number :].flip(-1)
+    found = [_top_of_one(one, number) for one in matrix.reshape(-1, size, size)]
+    values, vectors = (torch.stack(parts) for parts in zip(*found, strict=True))
+    shape = matrix.shape[:-2]
+    return values.reshape(*shape, number), vectors.reshape(*shape, size, number)
+
+
+def _top_of_one(matrix: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    size = len(matrix)
+    # The transpose lies in memory as LAPACK wants it, which spares a copy; so what was lower is upper.
+    values, vectors = scipy.linalg.eigh(
+        matrix.numpy().T, lower=False, subset_by_index=(size - number, size - 1), check_finite=False
+    )
+    return torch.from_numpy(values).flip(-1), torch.from_numpy(vectors).flip(-1)

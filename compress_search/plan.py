@@ -9,7 +9,6 @@ An edit describes modules rather than methods, so a new method needs no change h
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from compress_search.exceptions import PlanError
 from compress_search.profile import COUNTED_LAYERS
 from compress_search.surgery import can_keep_channels, channel_count, keep_channels
+from compress_search.weight_sharing import copy_sharing_weights
 from compress_search.workspace import write_json_atomically
 
 FORMAT = "compress_search.plan"
@@ -227,10 +227,12 @@ def apply_plan(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     Raises:
         PlanError: The plan does not fit the model.
     """
-    compressed = copy.deepcopy(model)
+    # What is replaced is never copied.
+    compressed, part = copy_sharing_weights(model)
     for step in plan.steps:
         for edit in step.edits:
             edit.apply(compressed)
+    part()
     return compressed
 
 

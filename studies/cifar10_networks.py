@@ -69,7 +69,10 @@ def vgg() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
-NETWORKS: Mapping[str, tuple[Callable[[], nn.Sequential], int]] = {"resnet20": (resnet20, 20), "vgg": (vgg, 8)}
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Sequential], int]] = {
+    "resnet20": (resnet20, 20),
+    "vgg": (vgg, 8),
+}
 """Each network with the number of epochs that it is trained for."""
 
 

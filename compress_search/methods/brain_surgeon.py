@@ -2,8 +2,8 @@
 
 Hassibi and Stork 1993, *Optimal brain surgeon*, equations 5 and 6, with a block of regressors in place of a
 single weight and the Gram matrix of a linear layer's inputs as its Hessian (Frantar and Alistarh 2022,
-*Optimal brain compression*, section 4). Deviation: a block may be consumed by several layers; their errors,
-each relative to the energy of the layer's output, are added.
+*Optimal brain compression*, section 4). Deviations: a block may be consumed by several layers, whose errors
+are added; and errors count by how much the network's output cares for them, where that is known.
 
 The greedy removal is a block Cholesky factorisation of the inverse Gram matrix whose pivot is the cheapest
 block. Columns are computed when they are chosen, and what they take from the rest is brought up to date in
@@ -12,13 +12,14 @@ large products once in a while, so that all steps together cost about as much as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from compress_search.linear_algebra import mean_energy, ridge_cholesky
+from compress_search.methods.brain_surgeon_on_rows import ConsumerOnRows, StateOnRows
 
 _RIDGE = 1e-4
 """Added to the Gram matrix relative to its mean diagonal; keeps a rank-deficient one invertible."""
@@ -37,6 +38,8 @@ class Consumer:
         weights: ``(features, channels)`` in float64.
         blocks: ``(number of blocks, features per block)``, the features that each block feeds. Features of
             no block are never removed.
+        root: ``(channels, channels)``, lower triangular. An error ``e`` of the outputs counts ``|e @ root|^2``;
+            with ``None`` it counts ``|e|^2`` relative to the energy of the layer's output.
     """
 
     covariance: Tensor
@@ -51,17 +54,18 @@ class Removal:
 
     Attributes:
         order: Indices of the removed blocks, the one that is missed least first.
-        errors: For each step, the relative squared output error that it adds, summed over the consumers,
+        errors: For each step, what the squared output errors that it adds count, summed over the consumers,
             with all remaining weights re-solved.
         kept: Indices of the blocks that stay, in ascending order.
-        weights: For each number of blocks asked for, each consumer's weights ``(features, channels)``
-            re-solved for that many blocks, with zeros for the features of the removed ones.
+        weights: For each number of blocks asked for, what gives each consumer's weights
+            ``(features, channels)`` re-solved for that many blocks, with zeros for the features of the
+            removed ones.
     """
 
     order: tuple[int, ...]
     errors: tuple[float, ...]
     kept: tuple[int, ...]
-    weights: Mapping[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    weights: Mapping[int, tuple[Callable[[], Tensor], ...]] = field(default_factory=dict)
 
     def kept_at(self, size: int) -> tuple[int, ...]:
         """Indices of the blocks that are left when ``size`` of them are, in ascending order."""
@@ -70,7 +74,7 @@ class Removal:
 
 
 def remove_blocks(
-    consumers: Sequence[Consumer],
+    consumers: Sequence[Consumer | ConsumerOnRows],
     *,
     keep: int = 0,
     protected: Collection[int] = (),
@@ -88,15 +92,15 @@ def remove_blocks(
         snapshots: Numbers of blocks at which the re-solved weights are wanted. Those that are never
             reached, because more blocks stay, are missing from the answer.
     """
-    states = [_State(consumer, resolve=bool(snapshots)) for consumer in consumers]
+    states = [_state_of(consumer, resolve=bool(snapshots)) for consumer in consumers]
     remaining = list(range(len(consumers[0].blocks)))
     order: list[int] = []
     errors: list[float] = []
-    weights: dict[int, tuple[Tensor, ...]] = {}
+    weights: dict[int, tuple[Callable[[], Tensor], ...]] = {}
     free = set(remaining) - set(protected)
     while True:
         if len(remaining) in snapshots:
-            weights[len(remaining)] = tuple(state.weights() for state in states)
+            weights[len(remaining)] = tuple(state.resolved() for state in states)
         if len(remaining) <= keep or not free:
             return Removal(tuple(order), tuple(errors), tuple(remaining), weights)
         costs = torch.stack([state.costs() for state in states]).sum(dim=0)
@@ -121,7 +125,14 @@ def bias_that_follows(bias: Tensor, mean: Tensor, weights: Tensor, resolved: Ten
         weights: ``(features, channels)``, before.
         resolved: ``(features, channels)``, after.
     """
-    return bias + (mean @ (weights - resolved)).to(bias.dtype)
+    moved = mean.to(weights.dtype) @ weights - mean.to(resolved.dtype) @ resolved
+    return bias + moved.to(bias.dtype)
+
+
+def _state_of(consumer: Consumer | ConsumerOnRows, *, resolve: bool) -> _State | StateOnRows:
+    if isinstance(consumer, ConsumerOnRows):
+        return StateOnRows(consumer, ridge=_RIDGE)
+    return _State(consumer, resolve=resolve)
 
 
 class _State:
@@ -141,14 +152,17 @@ class _State:
         others[grouped] = False
         self._features = torch.cat([grouped, others.nonzero()[:, 0]]) if resolve else grouped
         """The feature that each row stands for."""
-        factor = ridge_cholesky(covariance, _RIDGE * mean_energy(covariance))
-        inverse = torch.cholesky_inverse(factor)
-        self._inverse = inverse[self._features[:, None], grouped]
+        # Neither the factor nor the inverse in another order outlives its line: each can be 170 MB.
+        self._inverse = torch.cholesky_inverse(ridge_cholesky(covariance, _RIDGE * mean_energy(covariance)))
+        self._inverse = self._inverse[self._features[:, None], grouped]
+        # Re-solving is linear in each output, so mixing them before it is undone after it.
         self._root = consumer.root
-        weighed = consumer.weights if self._root is None else consumer.weights @ self._root
-        self._weights = weighed[self._features]
-        energy = (weighed * (covariance @ weighed)).sum() if self._root is None else covariance.new_ones(())
-        self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
+        weights = consumer.weights if self._root is None else consumer.weights @ self._root
+        self._weights = weights[self._features]
+        self._energy = covariance.new_ones(())
+        if self._root is None:
+            energy = (weights * (covariance @ weights)).sum()
+            self._energy = energy.clamp_min(torch.finfo(covariance.dtype).tiny)
         self._slots = torch.arange(blocks)
         """Where each block's rows begin, in blocks; -1 for those that are gone."""
         own = self._weights[: len(grouped)].reshape(blocks, self._width, -1)
@@ -159,7 +173,7 @@ class _State:
         self._forget_pending()
 
     def costs(self) -> Tensor:
-        """Relative error that removing each block would add, ``(number of blocks,)``; infinite where gone."""
+        """What removing each block would add, ``(number of blocks,)``; infinite where gone."""
         solved = torch.linalg.solve(self._diagonal, self._energies)
         costs = solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / self._energy
         all_costs: Tensor = costs.new_full(self._slots.shape, torch.inf).cpu()
@@ -201,14 +215,14 @@ class _State:
         if self._pending + width > self._columns.shape[1]:
             self._catch_up()
 
-    def weights(self) -> Tensor:
-        """The re-solved weights, ``(features, channels)``, with zeros for the features that are gone."""
+    def resolved(self) -> Callable[[], Tensor]:
+        """What gives the weights as they are re-solved now, zeros for the features that are gone."""
         self._catch_up()
         every = self._weights.new_zeros(self._shape)
         every[self._features] = self._weights
-        if self._root is None:
-            return every
-        return torch.linalg.solve_triangular(self._root, every, upper=False, left=False)
+        if self._root is not None:
+            every = torch.linalg.solve_triangular(self._root, every, upper=False, left=False)
+        return lambda: every
 
     def _catch_up(self) -> None:
         """Carry out what is pending, and drop the rows of blocks that are gone."""

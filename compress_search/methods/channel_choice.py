@@ -8,14 +8,17 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import gram_elements, gram_matrices
+from compress_search.calibration import InputMoments, gram_matrices, moment_elements
 from compress_search.methods.brain_surgeon import Consumer, remove_blocks
+from compress_search.methods.brain_surgeon_on_rows import ConsumerOnRows
 from compress_search.methods.coupling import CoupledGroup, Member
-from compress_search.linear_algebra import mean_energy, ridge_cholesky
-from compress_search.methods.output_sensitivity import output_sensitivities
+from compress_search.methods.low_rank import root_of_sensitivity
 from compress_search.patches import has_patches
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
+from compress_search.sampled_rows import SampledRows
 from compress_search.surgery import chunks
+
+NO_SENSITIVITIES: Mapping[str, Tensor] = MappingProxyType({})
 
 _GRAM_ELEMENTS = 2**26
 """How many elements of Gram matrices are held at a time (512 MB in float64); the surgeon needs as much."""
@@ -31,6 +34,7 @@ def choose_blocks(
     batches: Sequence[Tensor],
     *,
     protected: Mapping[str, Collection[int]],
+    sensitivities: Mapping[str, Tensor] = NO_SENSITIVITIES,
     orders: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, ...]]:
     """Choose the blocks of each group that stay.
@@ -45,6 +49,8 @@ def choose_blocks(
         sizes: How many blocks each keeps, by name.
         batches: Calibration inputs, each ``(batch, ...)``; empty for the data-free choice.
         protected: Indices of the blocks that stay in any case, at most as many as the size, by group name.
+        sensitivities: How much the network's output cares for errors in each consumer's outputs, by its name;
+            see :func:`compress_search.methods.output_sensitivity.output_sensitivities`.
         orders: For groups that the brain surgeon has ordered on these batches before, the blocks that it
             removed, in that order.
 
@@ -64,7 +70,11 @@ def choose_blocks(
         moments = input_moments(model, together, batches)
         for group in together:
             kept[group.name] = _choose(
-                model, group, moments, size=sizes[group.name], protected=protected[group.name]
+                model,
+                group,
+                consumers_of_group(model, group, moments, sensitivities),
+                size=sizes[group.name],
+                protected=protected[group.name],
             )
         # Before the next ones are accumulated.
         moments.clear()
@@ -74,17 +84,11 @@ def choose_blocks(
 def _choose(
     model: nn.Module,
     group: CoupledGroup,
-    moments: Mapping[str, Tensor],
+    consumers: Sequence[Consumer | ConsumerOnRows],
     *,
     size: int,
     protected: Collection[int],
 ) -> tuple[int, ...]:
-    consumers = [
-        consumer
-        for member in group.consumers
-        if member.layer in moments
-        for consumer in consumers_of(model.get_submodule(member.layer), member, moments[member.layer])
-    ]
     if consumers:
         return remove_blocks(consumers, keep=size, protected=protected).kept
     return largest_blocks(model, group, size, protected)
@@ -96,7 +100,7 @@ def groups_within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> li
     filled = 0
     for group in groups:
         names = {member.layer for member in group.consumers if has_patches(model, member.layer)}
-        elements = sum(gram_elements(model.get_submodule(name)) for name in names)
+        elements = sum(moment_elements(model.get_submodule(name)) for name in names)
         if not lists or filled + elements > _GRAM_ELEMENTS:
             lists.append([])
             filled = 0
@@ -107,49 +111,77 @@ def groups_within_memory(model: nn.Module, groups: Sequence[CoupledGroup]) -> li
 
 def input_moments(
     model: nn.Module, groups: Sequence[CoupledGroup], batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Second moments of every consumer's input patches, ``(chunks, features + 1, features + 1)``."""
+) -> dict[str, InputMoments]:
+    """Second moments of every consumer's input patches, see :func:`gram_matrices`."""
     names = {member.layer for group in groups for member in group.consumers}
     views = {}
     for name in sorted(names):
         if has_patches(model, name):
             views[name] = model.get_submodule(name)
-    if not batches or not views:
-        return {}
-    grams = gram_matrices(model, views, batches)
-    import os
-    if os.environ.get("FISHER","1")=="1":
-        sens = output_sensitivities(model, list(grams), batches)
-        if set(sens) == set(grams):
-            for name in grams: grams[name].sens = sens[name]
-    return grams
+    return gram_matrices(model, views, batches) if batches and views else {}
 
 
-def consumers_of(layer: nn.Module, member: Member, moments: Tensor) -> list[Consumer]:
+def consumers_of_group(
+    model: nn.Module,
+    group: CoupledGroup,
+    moments: Mapping[str, InputMoments],
+    sensitivities: Mapping[str, Tensor],
+) -> list[Consumer | ConsumerOnRows]:
+    """All consumers of a group of whose inputs the moments are known.
+
+    What their errors count can be added only if it is in the same unit for all of them: the sensitivities
+    have a say if they are known of all, and none is so wide that its rows are sampled.
+    """
+    known = [member for member in group.consumers if member.layer in moments]
+    names = {member.layer for member in known}
+    weighed = names <= sensitivities.keys() and all(isinstance(moments[name], Tensor) for name in names)
+    return [
+        consumer
+        for member in known
+        for consumer in _consumers_of(
+            model.get_submodule(member.layer),
+            member,
+            moments[member.layer],
+            sensitivities[member.layer] if weighed else None,
+        )
+    ]
+
+
+def _consumers_of(
+    layer: nn.Module, member: Member, moments: InputMoments, sensitivity: Tensor | None
+) -> list[Consumer | ConsumerOnRows]:
     """One consumer for each group of a layer: each sees its own part of every block."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     number = chunks(layer, "inputs")
     width, kernel = weight.shape[1], weight[0, 0].numel()
-    rows = weight.detach().double().flatten(1).reshape(number, -1, width * kernel)
-    found = []
+    rows = weight.detach().flatten(1).reshape(number, -1, width * kernel)
+    found: list[Consumer | ConsumerOnRows] = []
     for chunk in range(number):
         own = [[c % width for c in block if c // width == chunk] for block in member.blocks]
         channels = torch.as_tensor(own, device=weight.device)
         taps = torch.arange(kernel, device=weight.device)
-        covariance = moments[chunk, :-1, :-1]
-        if isinstance(layer.bias, nn.Parameter):
-            # The bias can make good the mean of what is removed.
-            mean = moments[chunk, :-1, -1]
-            covariance = covariance - torch.outer(mean, mean)
         features = (channels[:, :, None] * kernel + taps).flatten(1)
-        root = None
-        if hasattr(moments,'sens'):
-            S = moments.sens[chunk]
-            share = float(__import__("os").environ.get("SHARE","0.3"))
-            root = ridge_cholesky(S, share * mean_energy(S))
-        found.append(Consumer(covariance, weights=rows[chunk].T, blocks=features, root=root))
+        # The bias can make good the mean of what is removed.
+        mean = mean_inputs(moments)[chunk] if isinstance(layer.bias, nn.Parameter) else None
+        if isinstance(moments, SampledRows):
+            seen = moments.values[chunk].double()
+            seen = seen if mean is None else seen - mean
+            found.append(ConsumerOnRows(seen, weights=rows[chunk].T, blocks=features))
+        else:
+            covariance = moments[chunk, :-1, :-1]
+            covariance = covariance if mean is None else covariance - torch.outer(mean, mean)
+            root = None
+            if sensitivity is not None:
+                relative, scale = root_of_sensitivity(sensitivity[chunk])
+                root = relative * scale.sqrt()
+            found.append(Consumer(covariance, rows[chunk].double().T, features, root))
     return found
+
+
+def mean_inputs(moments: InputMoments) -> Tensor:
+    """Mean of a layer's input rows, ``(chunks, features)`` in float64."""
+    return moments.mean if isinstance(moments, SampledRows) else moments[:, :-1, -1]
 
 
 def largest_blocks(

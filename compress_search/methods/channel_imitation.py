@@ -9,15 +9,22 @@ change too; that is not imitated.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compress_search.methods.brain_surgeon import Removal, bias_that_follows, remove_blocks
-from compress_search.methods.channel_choice import consumers_of, largest_blocks
+from compress_search.calibration import InputMoments
+from compress_search.methods.brain_surgeon import bias_that_follows, remove_blocks
+from compress_search.methods.channel_choice import (
+    NO_SENSITIVITIES,
+    consumers_of_group,
+    largest_blocks,
+    mean_inputs,
+)
 from compress_search.methods.coupling import CoupledGroup, Member
 from compress_search.methods.method import Imitation
+from compress_search.methods.on_demand import OnDemand
 from compress_search.profile import TRANSPOSED_CONVOLUTIONS
 from compress_search.surgery import chunks
 
@@ -26,8 +33,9 @@ def imitate_group(
     model: nn.Module,
     group: CoupledGroup,
     sizes: Sequence[int],
-    moments: Mapping[str, Tensor],
+    moments: Mapping[str, InputMoments],
     *,
+    sensitivities: Mapping[str, Tensor] = NO_SENSITIVITIES,
     protected: Collection[int] = (),
 ) -> tuple[Imitation, tuple[int, ...]]:
     """Imitate a group pruned to several sizes, all on the way of one removal.
@@ -38,6 +46,7 @@ def imitate_group(
         sizes: Numbers of blocks to keep.
         moments: What :func:`compress_search.methods.channel_choice.input_moments` says of its consumers;
             consumers that are not in it are not refitted.
+        sensitivities: See :func:`compress_search.methods.channel_choice.choose_blocks`.
         protected: Indices of blocks that stay in any case.
 
     Returns:
@@ -45,54 +54,65 @@ def imitate_group(
         to go; empty where it had no say.
     """
     known = [member for member in group.consumers if member.layer in moments]
-    by_member = [consumers_of(model.get_submodule(m.layer), m, moments[m.layer]) for m in known]
-    removal: Removal | None = None
-    if known:
-        consumers = [consumer for own in by_member for consumer in own]
-        removal = remove_blocks(consumers, keep=min(sizes), protected=protected, snapshots=sizes)
-    parameters: dict[int, Mapping[str, Tensor]] = {}
-    errors = {}
-    for size in sizes:
-        kept = removal.kept_at(size) if removal else largest_blocks(model, group, size, protected)
-        gone = [block for block in range(group.size) if block not in kept]
-        changed = {}
-        for member in group.consumers:
-            if member not in known:
-                layer = model.get_submodule(member.layer)
-                changed[f"{member.layer}.weight"] = _deaf_weight(layer, member, gone)
-        if removal:
-            solved: Iterator[Tensor] = iter(removal.weights[size])
-            for member, own in zip(known, by_member, strict=True):
-                layer, resolved = model.get_submodule(member.layer), list(itertools.islice(solved, len(own)))
-                before = [consumer.weights for consumer in own]
-                changed |= _resolved(layer, member.layer, before, resolved, moments[member.layer])
-        parameters[size] = changed
-        errors[size] = sum(removal.errors[: group.size - size]) if removal else len(gone) / group.size
-    return Imitation(group.name, parameters, errors), removal.order if removal else ()
+    if not known:
+        deaf = OnDemand(
+            sizes,
+            lambda size: _of_deaf_layers(
+                model, group.consumers, _gone(group, largest_blocks(model, group, size, protected))
+            ),
+        )
+        return Imitation(group.name, deaf, {size: 1 - size / group.size for size in sizes}), ()
+    consumers = consumers_of_group(model, group, moments, sensitivities)
+    removal = remove_blocks(consumers, keep=min(sizes), protected=protected, snapshots=sizes)
+    means = {member.layer: mean_inputs(moments[member.layer]) for member in known}
+    others = [member for member in group.consumers if member not in known]
+    parameters = OnDemand(
+        sizes,
+        lambda size: {
+            **_of_deaf_layers(model, others, _gone(group, removal.kept_at(size))),
+            **_of_resolved_layers(model, removal.weights[size], means),
+        },
+    )
+    errors = {size: sum(removal.errors[: group.size - size]) for size in sizes}
+    return Imitation(group.name, parameters, errors), removal.order
 
 
-def _resolved(
-    layer: nn.Module, name: str, before: Sequence[Tensor], after: Sequence[Tensor], moments: Tensor
+def _gone(group: CoupledGroup, kept: Collection[int]) -> list[int]:
+    return [block for block in range(group.size) if block not in kept]
+
+
+def _of_resolved_layers(
+    model: nn.Module, resolved: Sequence[Callable[[], Tensor]], means: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A refitted layer's parameters by name.
+    """Parameters of refitted layers by name.
 
     Args:
-        layer: A convolution or linear layer.
-        name: Its name.
-        before: For each of its chunks of inputs, the weights ``(features, channels)``.
-        after: Likewise, re-solved.
-        moments: ``(chunks, features + 1, features + 1)``.
+        model: The model.
+        resolved: For each of a layer's chunks of inputs, layer by layer, what gives the weights
+            ``(features, channels)``.
+        means: For each of the layers the mean of its input rows, ``(chunks, features)``.
     """
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, nn.Parameter)
-    rows = torch.cat([resolved.T for resolved in after])
-    changed = {f"{name}.weight": rows.reshape(weight.shape).to(weight)}
-    if isinstance(bias, nn.Parameter):
-        pieces = bias.detach().double().reshape(len(before), -1)
-        means = moments[:, :-1, -1]
-        moved = [bias_that_follows(*parts) for parts in zip(pieces, means, before, after, strict=True)]
-        changed[f"{name}.bias"] = torch.cat(moved).to(bias)
+    changed = {}
+    solved = iter(resolved)
+    for name, mean in means.items():
+        layer = model.get_submodule(name)
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, nn.Parameter)
+        after = [compute() for compute in itertools.islice(solved, len(mean))]
+        # A single chunk can be hundreds of megabytes, so it is not copied.
+        rows = torch.cat([own.T for own in after]) if len(after) > 1 else after[0].T
+        changed[f"{name}.weight"] = rows.reshape(weight.shape).to(weight)
+        if isinstance(bias, nn.Parameter):
+            before = weight.detach().flatten(1).reshape(len(mean), -1, mean.shape[1]).mT
+            pieces = bias.detach().double().reshape(len(mean), -1)
+            moved = [bias_that_follows(*parts) for parts in zip(pieces, mean, before, after, strict=True)]
+            changed[f"{name}.bias"] = torch.cat(moved).to(bias)
     return changed
+
+
+def _of_deaf_layers(model: nn.Module, members: Sequence[Member], gone: Sequence[int]) -> dict[str, Tensor]:
+    """Weights by name of layers that are not refitted, with zeros for the inputs that are gone."""
+    return {f"{m.layer}.weight": _deaf_weight(model.get_submodule(m.layer), m, gone) for m in members}
 
 
 def _deaf_weight(layer: nn.Module, member: Member, gone: Sequence[int]) -> Tensor:

@@ -30,6 +30,7 @@ from compress_search.methods.kept_channels import (
     protected_blocks,
 )
 from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
 from compress_search.methods.renumbering import renumbered
 from compress_search.patches import has_patches
@@ -74,6 +75,8 @@ class ChannelPruningAnalysis:
         coupling: What of it can be pruned.
         ignore: Names of layers to leave alone.
         protected: Indices of the blocks that must stay, by group name.
+        known_sensitivities: How much the network's output cares for errors in the consumers' outputs, measured
+            on some batches before.
         known_orders: In which order the brain surgeon removed blocks on some batches before.
     """
 
@@ -82,6 +85,7 @@ class ChannelPruningAnalysis:
     coupling: Coupling
     ignore: frozenset[str]
     protected: Mapping[str, Collection[int]]
+    known_sensitivities: Remembered[Tensor] = field(default_factory=Remembered, compare=False, repr=False)
     known_orders: Remembered[tuple[int, ...]] = field(default_factory=Remembered, compare=False, repr=False)
 
     @cached_property
@@ -125,13 +129,18 @@ class ChannelPruningAnalysis:
     ) -> Iterator[Imitation]:
         """Imitate each group by its consumers: deaf to the removed channels, and re-solved for the rest."""
         groups = {group.name: group for group in self.coupling.groups}
-        orders = self.known_orders.of(batches)
+        orders, sensitivities = self.known_orders.of(batches), self._sensitivities(batches)
         for together in groups_within_memory(self.model, [groups[name] for name in sizes]):
             moments = input_moments(self.model, together, batches)
             for group in together:
                 protected = self.protected[group.name]
                 imitation, orders[group.name] = imitate_group(
-                    self.model, group, sizes[group.name], moments, protected=protected
+                    self.model,
+                    group,
+                    sizes[group.name],
+                    moments,
+                    sensitivities=sensitivities,
+                    protected=protected,
                 )
                 yield imitation
             # Before the next ones are accumulated.
@@ -146,8 +155,15 @@ class ChannelPruningAnalysis:
                     f"Group {name!r} cannot be pruned to {size} blocks; allowed: {_allowed(units.get(name))}."
                 )
         pruned = [group for group in self.coupling.groups if sizes.get(group.name, group.size) < group.size]
-        orders = self.known_orders.of(batches)
-        kept = choose_blocks(self.model, pruned, sizes, batches, protected=self.protected, orders=orders)
+        kept = choose_blocks(
+            self.model,
+            pruned,
+            sizes,
+            batches,
+            protected=self.protected,
+            sensitivities=self._sensitivities(batches),
+            orders=self.known_orders.of(batches),
+        )
         edits = keep_blocks(self.model, pruned, kept)
         step = PlanStep(
             method="channel_pruning",
@@ -171,6 +187,15 @@ class ChannelPruningAnalysis:
             self.ignore,
             {one.group.name: one.renumber(self.protected[one.group.name]) for one in found},
         )
+
+    def _sensitivities(self, batches: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """How much the network's output cares for errors in each consumer's outputs."""
+        known = self.known_sensitivities.of(batches)
+        if not known:
+            names = {member.layer for group in self.coupling.groups for member in group.consumers}
+            layers = [name for name in sorted(names) if has_patches(self.model, name)]
+            known |= output_sensitivities(self.model, layers, batches)
+        return known
 
     @cached_property
     def _macs(self) -> Cost:

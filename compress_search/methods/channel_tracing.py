@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from compress_search.profile import (
     training_paths_of,
 )
 from compress_search.surgery import can_keep_channels, carries_channels
+from compress_search.weight_sharing import copy_sharing_weights
 
 _WITHOUT_CHANNELS_OF_THEIR_OWN = (
     OPTYPE.CONCAT,
@@ -138,7 +138,9 @@ def _on_training_paths(model: nn.Module, inputs: Tensor) -> Any:
 
 def _trace(model: nn.Module, example_input: Tensor, forward: Forward, *, first: int) -> list[TracedGroup]:
     """Trace one kind of forward pass; the roots of the groups are numbered from ``first``."""
-    traced = copy.deepcopy(model).eval()
+    # The graph and its model refer to each other, so they stay until the next garbage collection.
+    traced, _ = copy_sharing_weights(model)
+    traced.eval()
     # The graph is read off autograd's, so frozen parameters must take part too.
     for parameter in traced.parameters():
         parameter.requires_grad_(True)

@@ -7,7 +7,6 @@ those maps become *blocks*: the smallest sets of channels that can be removed wi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from compress_search.profile import (
     training_paths_of,
 )
 from compress_search.surgery import SIDES, carries_channels, channel_count, chunks
+from compress_search.weight_sharing import copy_sharing_weights
 
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -262,6 +262,8 @@ def _fault_without_first_blocks(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], in_training: bool
 ) -> str:
     """What goes wrong when the first block of each group is removed; ``in_training``, in training too."""
+    # Done with before there is a second copy: each can be as large as the model.
+    wanted, wanted_in_training = _without_listeners(model, example, groups, in_training)
     edits = keep_blocks(model, groups, {group.name: range(1, group.size) for group in groups})
     step = PlanStep(method="channel_pruning", mac_ratio=1.0, edits=edits)
     try:
@@ -270,12 +272,6 @@ def _fault_without_first_blocks(
             after = pruned(example)
     except Exception as error:
         return f"without one of its channels the network fails ({type(error).__name__}: {error})"
-    silenced = copy.deepcopy(model)
-    for group in groups:
-        for member in group.consumers:
-            _silence(silenced.get_submodule(member.layer), member.blocks[0])
-    with inference_mode_of(silenced):
-        wanted = silenced(example)
     if _shapes_of(after) != _shapes_of(wanted):
         return "it makes the network's output"
     if in_training:
@@ -285,13 +281,30 @@ def _fault_without_first_blocks(
             return (
                 f"without one of its channels the network fails in training ({type(error).__name__}: {error})"
             )
-        if changed != _shapes_of(_outputs_in_training(silenced, example)):
+        if changed != _shapes_of(wanted_in_training):
             return "it makes the network's output in training"
     # Normalisation across channels changes with what it normalises over, and rightly so.
     renormalised = any(_is_renormalised(model, group) for group in groups)
     if renormalised or all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
         return ""
     return "its channels are tied in a way that torch-pruning's graph does not show"
+
+
+def _without_listeners(
+    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], in_training: bool
+) -> tuple[Any, Any]:
+    """What the network gives when nothing listens to the first block of each group.
+
+    Returns:
+        Its outputs, and those on the paths of training if these are wanted.
+    """
+    silenced, _ = copy_sharing_weights(model)
+    for group in groups:
+        for member in group.consumers:
+            _silence(silenced.get_submodule(member.layer), member.blocks[0])
+    with inference_mode_of(silenced):
+        outputs = silenced(example)
+    return outputs, _outputs_in_training(silenced, example) if in_training else None
 
 
 def _shapes_of(outputs: Any) -> Any:
@@ -304,9 +317,10 @@ def _outputs_in_training(model: nn.Module, example: Tensor) -> Any:
 
 
 def _silence(consumer: nn.Module, channels: Collection[int]) -> None:
-    """Make a layer deaf to some of its input channels, in place."""
+    """Make a layer deaf to some of its input channels, and so all that have its weight."""
     weight = consumer.weight
     assert isinstance(weight, nn.Parameter)
+    weight.data = weight.data.clone()
     with torch.no_grad():
         if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
             weight[list(channels)] = 0.0

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
-import torch
 from torch import Tensor, nn
 
-from compress_search.calibration import check_weights, gram_matrices
+from compress_search.calibration import InputMoments, check_weights, gram_matrices, is_wide
 from compress_search.exceptions import ModelError
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_of
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import Factors, factorise
 from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.on_demand import OnDemand
 from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
 from compress_search.profile import LayerProfile, ModelProfile, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
+
+logger = logging.getLogger("compress_search")
 
 _REMEMBERED = 2**26
 """How many elements of components are kept between choosing sizes and applying them (512 MB in float64)."""
@@ -93,7 +96,7 @@ class FactorisationAnalysis:
             left_alone=self.left_alone,
         )
         model = apply_plan(self.model, CompressionPlan((step,))).eval()
-        for name, factors in self._factors(splits, batches):
+        for name, factors in self._factors(splits, sizes, batches):
             splits[name].write(model.get_submodule(name), factors.truncated(sizes[name]))
         refit_in_forward_order(model, self.model, self._refits(model, splits), batches)
         return Compressed(model, step)
@@ -110,16 +113,10 @@ class FactorisationAnalysis:
     ) -> Iterator[Imitation]:
         """Imitate each factorised layer by its own weight, truncated to the rank."""
         splits = {name: self._splits[name] for name in sizes}
-        for name, factors in self._factors(splits, batches):
-            split, ranks = splits[name], sizes[name]
-            energy = factors.energy.reshape(-1, factors.energy.shape[-1]).sum(dim=0)
-            whole = energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-            parameters, errors = {}, {}
-            for rank in ranks:
-                truncated = factors.truncated(rank)
-                parameters[rank] = {f"{name}.weight": split.as_weight(truncated.left @ truncated.right)}
-                errors[rank] = float(energy[rank:].sum() / whole)
-            yield Imitation(name, parameters, errors)
+        largest = {name: max(ranks) for name, ranks in sizes.items()}
+        for name, factors in self._factors(splits, largest, batches):
+            parameters = OnDemand(sizes[name], partial(_imitated, name, splits[name], factors))
+            yield Imitation(name, parameters, {rank: factors.error(rank) for rank in sizes[name]})
 
     @cached_property
     def _found(self) -> dict[str, KernelSplit | str]:
@@ -177,32 +174,45 @@ class FactorisationAnalysis:
             )
 
     def _factors(
-        self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]
+        self, splits: Mapping[str, KernelSplit], ranks: Mapping[str, int], batches: Sequence[Tensor]
     ) -> Iterator[tuple[str, Factors]]:
-        """All components of each layer, weighed by what the data says of its inputs and of its outputs."""
+        """Components of each layer, as many as its rank or more.
+
+        They are weighed by what the data says of its inputs and of its outputs.
+        """
         known = self.known_factors.of(batches)
+        for name in [name for name, rank in ranks.items() if name in known and known[name].rank < rank]:
+            del known[name]
         missing = {name: split for name, split in splits.items() if name not in known}
-        grams = self._input_grams(missing, batches)
+        grams = self._input_moments(missing, batches)
         sensitivities = output_sensitivities(self.model, list(missing), batches)
         room = _REMEMBERED - sum(factors.left.numel() + factors.right.numel() for factors in known.values())
         for name, split in splits.items():
             if name in known:
                 yield name, known[name]
                 continue
-            factors = factorise(split.matrix(), grams.pop(name, None), sensitivities.get(name))
+            gram, sensitivity = grams.pop(name, None), sensitivities.pop(name, None)
+            factors = factorise(split.matrix(), gram, sensitivity, rank=ranks[name])
+            del gram, sensitivity
             room -= factors.left.numel() + factors.right.numel()
             if room >= 0:
                 known[name] = factors
             yield name, factors
 
-    def _input_grams(self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _input_moments(
+        self, splits: Mapping[str, KernelSplit], batches: Sequence[Tensor]
+    ) -> dict[str, InputMoments]:
         """Second moments ``(groups, rows, rows)`` of the patches that each layer's first factor sees."""
         if not batches or not splits:
             return {}
-        views = {}
-        for name, split in splits.items():
-            views[name] = split.parts(1)[0].build(split.weight)
-        return {name: gram[:, :-1, :-1] for name, gram in gram_matrices(self.model, views, batches).items()}
+        views = {name: split.parts(1)[0].build(split.weight) for name, split in splits.items()}
+        # With even more outputs, what has to be decomposed would be as large as the Gram matrix.
+        hopeless = [n for n, view in views.items() if is_wide(view) and not splits[n].has_fewer_columns]
+        if hopeless:
+            names = ", ".join(hopeless)
+            logger.warning("Of a layer so wide its inputs have no say in its rank: %s.", names)
+        moments = gram_matrices(self.model, {n: v for n, v in views.items() if n not in hopeless}, batches)
+        return {n: m[:, :-1, :-1] if isinstance(m, Tensor) else m for n, m in moments.items()}
 
     def _refits(self, model: nn.Module, splits: Mapping[str, KernelSplit]) -> list[Refit]:
         """The second factors, and the dense layers after the first of them: they get other inputs now."""
@@ -217,3 +227,8 @@ class FactorisationAnalysis:
             if has_patches(model, name):
                 refits.append(Refit(name, source=layer.name, calls=len(layer.calls)))
         return refits
+
+
+def _imitated(name: str, split: KernelSplit, factors: Factors, rank: int) -> dict[str, Tensor]:
+    truncated = factors.truncated(rank)
+    return {f"{name}.weight": split.as_weight(truncated.left @ truncated.right)}

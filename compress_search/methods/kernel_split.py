@@ -46,13 +46,19 @@ class KernelSplit:
     @property
     def full_rank(self) -> int:
         """Rank in each group at which nothing is lost."""
-        _, rows, columns = self.matrix().shape
-        return min(rows, columns)
+        first, second = self._weights_per_rank
+        return min(first, second) // self._groups
+
+    @property
+    def has_fewer_columns(self) -> bool:
+        """Whether :meth:`matrix` has no more columns than rows."""
+        first, second = self._weights_per_rank
+        return second <= first
 
     def matrix(self) -> Tensor:
-        """The weight as ``(groups, m / groups * first axes, n / groups * second axes)`` in float64."""
+        """The weight as ``(groups, m / groups * first axes, n / groups * second axes)``."""
         groups, (n, m), kernel = self._groups, self._channels, self._kernel
-        weight = self.weight.detach().double()
+        weight = self.weight.detach()
         if isinstance(self.layer, TRANSPOSED_CONVOLUTIONS):
             by_group = weight.reshape(groups, m // groups, n // groups, *kernel).transpose(1, 2)
         else:

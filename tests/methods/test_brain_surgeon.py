@@ -97,9 +97,9 @@ def test_snapshots_are_the_weights_solved_from_scratch(others):
         kept = removal.kept_at(size)
         assert len(kept) == size
         for consumer, resolved in zip(group, weights, strict=True):
-            torch.testing.assert_close(resolved, _resolved(consumer, list(kept)), rtol=1e-7, atol=1e-10)
+            torch.testing.assert_close(resolved(), _resolved(consumer, list(kept)), rtol=1e-7, atol=1e-10)
             gone = consumer.blocks[[b for b in range(7) if b not in kept]].flatten()
-            assert not resolved[gone].any()
+            assert not resolved()[gone].any()
     assert removal.order == remove_blocks(group, keep=1).order
 
 
@@ -114,7 +114,7 @@ def test_the_bias_that_follows_is_what_a_fit_with_a_bias_gives():
     removal = remove_blocks([consumer], keep=3, snapshots=[3])
     regressors = torch.cat([rows[:, removal.kept], torch.ones(300, 1, dtype=torch.float64)], dim=1)
     best = torch.linalg.lstsq(regressors, rows @ weights + bias).solution
-    follows = bias_that_follows(bias, mean, weights, removal.weights[3][0])
+    follows = bias_that_follows(bias, mean, weights, removal.weights[3][0]())
     torch.testing.assert_close(follows, best[-1], rtol=0.0, atol=1e-3)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
 
 from compress_search.methods import METHODS
 from compress_search.methods.channel_choice import choose_blocks, largest_blocks
+from compress_search.methods.low_rank import factorise
+from compress_search.methods.output_sensitivity import output_sensitivities
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(_spec)
@@ -41,3 +45,59 @@ def test_without_data_the_channels_of_the_largest_weights_stay(monkeypatch):
         for name, axes in (("conv1", (1, 2, 3)), ("conv2", (0, 2, 3)))
     )
     assert largest_blocks(model, group, 3, ()) == tuple(sorted(scores.topk(3).indices.tolist()))
+
+
+@pytest.fixture
+def flattened():
+    """A network whose first linear layer sees 9 features of each channel, and too few examples."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    return (
+        nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 9, 16), nn.ReLU(), nn.Linear(16, 4))
+        .double()
+        .eval()
+    )
+
+
+@pytest.mark.parametrize("number", [30, 200])
+def test_a_wide_layers_channels_are_chosen_as_if_its_gram_matrix_fitted(flattened, number, monkeypatch):
+    batches = list(torch.randn(number, 3, 7, 7).double().split(10))
+    choices, solved = [], []
+    for widest in (8192, 60):
+        monkeypatch.setattr("compress_search.calibration.WIDEST", widest)
+        analysis = METHODS["channel_pruning"].analyse(flattened, batches[0][:1])
+        sizes = {unit.name: [unit.full_size // 2] for unit in analysis.units}
+        solved.append({i.unit: i.parameters[sizes[i.unit][0]] for i in analysis.imitations(sizes, batches)})
+        pruned = analysis.apply({name: size for name, (size,) in sizes.items()}, batches)
+        choices.append(pruned.step.edits)
+    assert choices[0] == choices[1]
+    for unit, wanted in solved[0].items():
+        for name, value in wanted.items():
+            torch.testing.assert_close(solved[1][unit][name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_a_wide_layers_rank_is_chosen_as_if_its_gram_matrix_fitted(flattened, monkeypatch, caplog):
+    batches = list(torch.randn(30, 3, 7, 7).double().split(10))
+    imitated = []
+    for widest in (8192, 60):
+        monkeypatch.setattr("compress_search.calibration.WIDEST", widest)
+        analysis = METHODS["weight_svd"].analyse(flattened, batches[0][:1])
+        (imitation,) = analysis.imitations({"5": [3, 9]}, batches)
+        imitated.append(imitation)
+    for rank in (3, 9):
+        wanted, found = (imitation.parameters[rank]["5.weight"] for imitation in imitated)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+        assert imitated[1].errors[rank] == pytest.approx(imitated[0].errors[rank], rel=1e-6)
+    assert "no say" not in caplog.text
+
+
+def test_the_inputs_of_a_wide_layer_of_even_more_outputs_have_no_say(monkeypatch, caplog):
+    monkeypatch.setattr("compress_search.calibration.WIDEST", 10)
+    model, batches = nn.Sequential(nn.Linear(12, 20)), [torch.randn(30, 12)]
+    analysis = METHODS["weight_svd"].analyse(model, batches[0][:1])
+    (imitation,) = analysis.imitations({"0": [4]}, batches)
+    assert "its inputs have no say in its rank: 0." in caplog.text
+    sensitivity = output_sensitivities(model, ["0"], batches)["0"]
+    kept = factorise(model[0].weight.detach().T[None], None, sensitivity).truncated(4)
+    expected = (kept.left @ kept.right)[0].T.float()
+    torch.testing.assert_close(imitation.parameters[4]["0.weight"], expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compress_search.methods.low_rank import _EQUAL_SHARE, _RIDGE, factorise
+from compress_search.sampled_rows import SampledRows
 
 
 def _gram(p: int, rows: int) -> torch.Tensor:
@@ -103,3 +104,49 @@ def test_full_rank_is_exact_even_where_the_data_has_directions_missing():
 def test_both_factors_share_the_scale():
     factors = factorise(torch.randn(6, 9, dtype=torch.float64))
     torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("large", [2, 1024])
+def test_few_components_are_the_first_of_all(shape, large, monkeypatch):
+    monkeypatch.setattr("compress_search.linear_algebra._LARGE", large)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    gram, sensitivity = _gram(shape[0], 50), _gram(shape[1] // 3, 50)
+    everything = factorise(matrix, gram, sensitivity)
+    some = factorise(matrix, gram, sensitivity, rank=3)
+    assert some.rank == 3
+    expected = everything.truncated(3)
+    torch.testing.assert_close(some.left @ some.right, expected.left @ expected.right)
+    torch.testing.assert_close(some.energy, expected.energy)
+    for rank in (1, 2, 3):
+        assert some.error(rank) == pytest.approx(everything.error(rank), rel=1e-6)
+        left_out = everything.energy[rank:].sum() / everything.energy.sum()
+        assert everything.error(rank) == pytest.approx(float(left_out), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_rows_do_what_their_gram_matrix_does(rows):
+    groups, p, q = 2, 12, 6
+    matrix = torch.randn(groups, p, q)
+    values = torch.randn(groups, rows, p) * torch.logspace(0, 1, p)
+    gram = values.double().mT @ values.double() / rows
+    sensitivity = torch.stack([_gram(3, 50) for _ in range(groups)])
+    expected = factorise(matrix, gram, sensitivity)
+    found = factorise(matrix, SampledRows(values), sensitivity)
+    torch.testing.assert_close(found.energy, expected.energy, rtol=1e-6, atol=0)
+    for rank in (1, 3, 6):
+        kept, wanted = found.truncated(rank), expected.truncated(rank)
+        torch.testing.assert_close(kept.left @ kept.right, wanted.left @ wanted.right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.left @ found.right, matrix.double(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("weighed_by", ["nothing", "gram", "rows"])
+def test_a_matrix_in_pieces_is_the_matrix(weighed_by, monkeypatch):
+    matrix, values = torch.randn(1, 11, 4), torch.randn(1, 7, 11)
+    gram = {"nothing": None, "gram": values.double().mT @ values.double() / 7, "rows": SampledRows(values)}
+    whole = factorise(matrix, gram[weighed_by])
+    monkeypatch.setattr("compress_search.methods.low_rank._ELEMENTS_AT_A_TIME", 13)
+    pieces = factorise(matrix, gram[weighed_by])
+    torch.testing.assert_close(pieces.energy, whole.energy)
+    kept, wanted = pieces.truncated(2), whole.truncated(2)
+    torch.testing.assert_close(kept.left @ kept.right, wanted.left @ wanted.right)

@@ -194,9 +194,20 @@ def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):
         assert torch.equal(apart[name], gram)
 
 
-def test_a_layer_too_wide_for_a_gram_matrix_is_left_out_and_named(monkeypatch, caplog):
-    monkeypatch.setattr("compress_search.calibration.WIDEST", 20)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+def test_of_a_layer_too_wide_for_a_gram_matrix_rows_are_kept(monkeypatch, caplog):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
     views = dict(model.named_children())
-    assert set(gram_matrices(model, views, [torch.randn(8, 1, 9, 9)])) == {"0"}
-    assert "Too wide for a Gram matrix, so chosen without data: 1." in caplog.text
+    batches = [torch.randn(2, 1, 7, 6) for _ in range(2)]
+    expected = gram_matrices(model, views, batches)
+    monkeypatch.setattr("compress_search.calibration.WIDEST", 20)
+    found = gram_matrices(model, views, batches)
+    assert torch.equal(found["0"], expected["0"])
+    rows = found["1"].values.double()
+    assert rows.shape == (2, 4 * 3 * 2, 18)
+    torch.testing.assert_close(rows.mT @ rows / 24, expected["1"][:, :-1, :-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["1"].mean, expected["1"][:, :-1, -1], rtol=1e-5, atol=1e-6)
+    energy = expected["1"][:, :-1, :-1].diagonal(dim1=1, dim2=2).mean(dim=1)
+    torch.testing.assert_close(found["1"].mean_energy, energy, rtol=1e-5, atol=0)
+    assert "fewer calibration rows than input features" not in caplog.text
+    gram_matrices(model, views, [torch.randn(1, 1, 6, 6)])
+    assert "fewer calibration rows than input features in: 1." in caplog.text
