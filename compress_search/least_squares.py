@@ -95,6 +95,15 @@ class PrimalRegression:
         """See :meth:`Regression.add`."""
         self._parts[held_out].add(inputs, residual)
 
+    def forget_residuals(self) -> None:
+        """Go on with the same inputs and no residuals."""
+        for part in self._parts:
+            part.forget_residuals()
+
+    def add_residual(self, inputs: Tensor, residual: Tensor, *, held_out: bool) -> None:
+        """Add residuals of inputs that were added before."""
+        self._parts[held_out].add_residual(inputs, residual)
+
     @property
     def is_underdetermined(self) -> bool:
         """See :attr:`Regression.is_underdetermined`."""

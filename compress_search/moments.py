@@ -88,6 +88,17 @@ class MomentSums:
             if residual is not None:
                 self._add_cross_products(unfolded, residual[start : start + size])
 
+    def forget_residuals(self) -> None:
+        """Go on with the same rows and no residuals."""
+        self._cross = None
+
+    def add_residual(self, inputs: Tensor, residual: Tensor) -> None:
+        """Add residuals of rows that were added before; shapes as in :meth:`add`."""
+        size = examples_at_a_time(self._layer, inputs)
+        for start in range(0, len(inputs), size):
+            unfolded = _unfold(self._layer, inputs[start : start + size])
+            self._add_cross_products(unfolded, residual[start : start + size])
+
     def gram(self) -> Tensor:
         """Sum of outer products of the rows, ``(groups, regressors, regressors)``."""
         assert self._gram is not None

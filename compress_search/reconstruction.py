@@ -3,8 +3,8 @@
 Each layer is given the weights with which its outputs, computed from the inputs that the *compressed* net
 now feeds it, come nearest to what the *original* layer put out. Errors of earlier layers are so made good
 by later ones instead of adding up (He et al. 2017, section 3.2; Zhang et al. 2016, section 3.3,
-"asymmetric"). Where a layer's output is added to something, as at the end of a residual branch, it is to make
-good what is lost there too (:mod:`compress_search.residual_sums`).
+"asymmetric"). Where it is known what follows a layer (:mod:`compress_search.following`), what comes of its outputs
+there is to be what came of the original's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.calibration import warn_of_few_rows
-from compress_search.least_squares import Regression, regression_of
+from compress_search.least_squares import PrimalRegression, Regression, regression_of
 from compress_search.patches import add_to_weights
 from compress_search.pausing import Notes, PausablePass, passes_keep_apart, pausing_after, pausing_before
 from compress_search.profile import inference_mode_of
-from compress_search.residual_sums import Place, ResidualSum, find_residual_sums, noting
+from compress_search.following import Following, Place, find_following, noting
 
 logger = logging.getLogger("compress_search")
 
@@ -39,6 +39,9 @@ Batches that do not fit start again from the input for the next refit: time in p
 """
 
 
+_KEPT_BYTES = 2**28
+
+
 @dataclass(frozen=True)
 class Refit:
     """One layer to be refitted.
@@ -48,15 +51,14 @@ class Refit:
         source: Name of the layer of the original model whose outputs it should reproduce.
         outputs: Indices of the original layer's output channels that it still has; ``None`` for all.
         calls: How often both layers run in one forward pass.
-        sum: What the output of both is added to, by names that hold in both models; ``None`` for nothing
-            that the layer should make good.
+        following: What follows both layers, by names that hold in both models.
     """
 
     layer: str
     source: str
     outputs: tuple[int, ...] | None = None
     calls: int = 1
-    sum: ResidualSum | None = None
+    following: Following = Following()
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Visit:
         inputs: What the compressed model feeds the layer.
         outputs: What the layer makes of it with its present weights.
         wanted: What the original layer put out.
-        beside: What the outputs are added to, in the compressed model and in the original, if that is known.
+        beside: What the outputs are added to, in the compressed model and in the original; ``None`` for nothing.
     """
 
     batch: int
@@ -78,6 +80,11 @@ class Visit:
     outputs: Tensor
     wanted: Tensor
     beside: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether it serves to choose the ridge."""
+        return self.batch % _HELD_OUT == _HELD_OUT - 1
 
 
 class Road(Protocol):
@@ -112,8 +119,9 @@ def refit_in_forward_order(
     if not batches or not refits:
         return
     with inference_mode_of(model), inference_mode_of(original):
-        sums = find_residual_sums(original, batches[0][:1].to(next(original.parameters()).device))
-        refits = [dataclasses.replace(refit, sum=sums.get(refit.source)) for refit in refits]
+        example = batches[0][:1].to(next(original.parameters()).device)
+        found = find_following(original, example)
+        refits = [replace(refit, following=found.get(refit.source, Following())) for refit in refits]
         road = _road(model, original, refits, batches)
         try:
             refit_on(road, model, refits)
@@ -127,25 +135,82 @@ def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
     for refit in refits:
         layer = model.get_submodule(refit.layer)
         regression: Regression | None = None
+        kept = _KeptVisits()
         for visit in road.visits(refit):
-            residual = _kept(layer, visit.wanted, refit.outputs).sub(visit.outputs)
-            if refit.sum is not None and visit.beside is not None:
-                ours, theirs = visit.beside
-                residual += refit.sum.in_layer(model, _kept(layer, theirs, refit.outputs).sub(ours))
+            residual = _residual(model, layer, refit, visit)
             if regression is None:
                 assert isinstance(layer.weight, nn.Parameter)
                 rows = round(refit.calls * residual.numel() / len(layer.weight) / visit.share)
                 regression = regression_of(layer, refit.layer, rows=rows)
-            regression.add(visit.inputs, residual, held_out=visit.batch % _HELD_OUT == _HELD_OUT - 1)
+            regression.add(visit.inputs, residual, held_out=visit.is_held_out)
+            kept.add(visit)
         if regression is None:
             continue
         if regression.is_underdetermined:
             few.append(refit.layer)
-        for features, change in regression.changes():
-            add_to_weights(layer, features, change)
-        # It may hold the weights as they were.
-        torch.clear_autocast_cache()
+        _change(layer, regression)
+        if refit.following.bounds is not None and isinstance(regression, PrimalRegression):
+            _refine(model, layer, refit, regression, kept)
     warn_of_few_rows(few)
+
+
+def _residual(model: nn.Module, layer: nn.Module, refit: Refit, visit: Visit) -> Tensor:
+    """What the outputs lack so that, followed by what follows, they are the original's before a clamp."""
+    residual = _kept(layer, visit.wanted, refit.outputs).sub(visit.outputs)
+    if visit.beside is not None:
+        ours, theirs = visit.beside
+        residual += refit.following.before(model, _kept(layer, theirs, refit.outputs).sub(ours))
+    return residual
+
+
+def _change(layer: nn.Module, regression: Regression) -> None:
+    for features, change in regression.changes():
+        add_to_weights(layer, features, change)
+    # It may hold the weights as they were.
+    torch.clear_autocast_cache()
+
+
+class _KeptVisits:
+    """Visits of one refit that are looked at again, as many as memory allows."""
+
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+        self.are_all = True
+        self._bytes = 0
+
+    def add(self, visit: Visit) -> None:
+        """Keep a visit, if there is room for it."""
+        tensors = [visit.inputs, visit.wanted, *(visit.beside or ())]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if self._bytes + size > _KEPT_BYTES:
+            self.are_all = False
+            return
+        self._bytes += size
+        self.visits.append(visit)
+
+
+def _refine(
+    model: nn.Module, layer: nn.Module, refit: Refit, regression: PrimalRegression, kept: _KeptVisits
+) -> None:
+    """Fit what is left after the clamp."""
+    import os
+    low, high = refit.following.bounds
+    for _ in range(int(os.environ.get("ROUNDS", "3"))):
+        regression.forget_residuals()
+        for visit in kept.visits:
+            outputs = layer(visit.inputs)
+            now = dataclasses.replace(visit, outputs=outputs)
+            lack = _residual(model, layer, refit, now)
+            # u, u' after; error in u-space = slope * lack
+            ours = None if visit.beside is None else visit.beside[0]
+            u = refit.following.after(model, outputs, ours)
+            slope_lack = refit.following.after(model, outputs + lack, ours) - u
+            want = u + slope_lack
+            target = torch.where(want <= low, torch.minimum(u, torch.full_like(u, low)), want)
+            target = torch.where(want >= high, torch.maximum(u, torch.full_like(u, high)), target)
+            change = refit.following.before(model, target - u)
+            regression.add_residual(visit.inputs, change * float(os.environ.get("OVER", "1")), held_out=visit.is_held_out)
+        _change(layer, regression)
 
 
 def _road(model: nn.Module, original: nn.Module, refits: Sequence[Refit], batches: Sequence[Tensor]) -> Road:
@@ -163,7 +228,7 @@ def _road(model: nn.Module, original: nn.Module, refits: Sequence[Refit], batche
         if not passes_keep_apart(net, [net.get_submodule(name) for name in names], examples):
             logger.info("Passes cannot wait for each other: every refit runs the models from their input.")
             return again
-    places = {refit.sum.other for refit in refits if refit.sum is not None}
+    places = {refit.following.other for refit in refits if refit.following.other is not None}
     return WaitAndGoOn(again, given.before, wanted.after, places)
 
 
@@ -190,7 +255,7 @@ class RunAgain:
     def visits(self, refit: Refit) -> Iterator[Visit]:
         """See :meth:`Road.visits`."""
         layer, source = self.model.get_submodule(refit.layer), self.original.get_submodule(refit.source)
-        places = [] if refit.sum is None else [refit.sum.other]
+        places = [] if refit.following.other is None else [refit.following.other]
         ours: Notes = {}
         theirs: Notes = {}
         with noting(self.model, places, ours), noting(self.original, places, theirs):
@@ -316,9 +381,9 @@ class WaitAndGoOn:
 
 def _taken(refit: Refit, ours: Notes, theirs: Notes) -> tuple[Tensor, Tensor] | None:
     """What the outputs are added to, taken out of the notes; ``None`` where it was not seen in both models."""
-    if refit.sum is None:
+    if refit.following.other is None:
         return None
-    beside = ours.pop(refit.sum.other, None), theirs.pop(refit.sum.other, None)
+    beside = ours.pop(refit.following.other, None), theirs.pop(refit.following.other, None)
     return None if beside[0] is None or beside[1] is None else beside
 
 
