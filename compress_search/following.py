@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -94,6 +94,9 @@ class Following:
         return change
 
 
+NOTHING_KNOWN = Following()
+
+
 def find_following(model: nn.Module, example_input: Tensor) -> dict[str, Following]:
     """Find what follows each convolution and linear layer.
 
@@ -145,7 +148,8 @@ class _Known:
         tensor: The tensor; held so that no other one takes its identity.
         version: Of its contents.
         layer: The layer that it comes from, or ``None``.
-        following: What was done to that layer's output so far.
+        normalisations: What that layer's output went through.
+        beside: If it is a sum, where the other side can be had in time.
         before: What it was made from, likewise; ``None`` for the layer's output itself.
         uses: How many operations have taken it.
         places: Where it can be had, each with the time.
@@ -154,7 +158,8 @@ class _Known:
     tensor: Tensor
     version: int
     layer: str | None = None
-    following: Following = Following()
+    normalisations: tuple[str, ...] = ()
+    beside: tuple[Place, ...] = ()
     before: _Known | None = None
     uses: int = 0
     places: list[tuple[int, Place]] = field(default_factory=list)
@@ -165,11 +170,11 @@ class _Known:
         return self.uses <= 1 and (self.before is None or self.before.is_used_once)
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows tensors from module to module and through sums, and sees which of them are clamped."""
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
         self._known: dict[int, _Known] = {}
         self._begun: dict[str, int] = {}
@@ -177,7 +182,7 @@ class _Watcher(TorchDispatchMode):
         self._time = 0
         self._last: dict[str, _Known] = {}
         """By layer, the last thing that is known of what follows it."""
-        self._clamped: list[tuple[_Known, tuple[float, float]]] = []
+        self._bounds: dict[_Known, tuple[float, float]] = {}
 
     def hooked(self) -> ExitStack:
         """Hooks in all modules until the stack is closed."""
@@ -189,16 +194,19 @@ class _Watcher(TorchDispatchMode):
 
     def found(self) -> dict[str, Following]:
         """What was found."""
-        found = {
-            layer: known.following
-            for layer, known in self._last.items()
-            if self._calls[layer] == 1 and self._calls.get(self._place_of(known), 1) == 1
+        return {
+            layer: self._following(known) for layer, known in self._last.items() if self._calls[layer] == 1
         }
-        for known, bounds in self._clamped:
-            layer = known.layer
-            if layer in found and known.is_used_once and found[layer] == known.following:
-                found[layer] = replace(found[layer], bounds=bounds)
-        return found
+
+    def _following(self, known: _Known) -> Following:
+        bounds = self._bounds.get(known) if known.is_used_once else None
+        if not known.beside:
+            return Following(known.normalisations, bounds=bounds)
+        place = next((place for place in known.beside if self._calls[place.module] == 1), None)
+        if place is not None:
+            return Following(known.normalisations, place, bounds)
+        assert known.before is not None
+        return self._following(known.before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = [self._find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -206,12 +214,12 @@ class _Watcher(TorchDispatchMode):
             if known is not None:
                 known.uses += 1
         if func in _RECTIFIERS and taken[0] is not None:
-            self._clamped.append((taken[0], (0.0, math.inf)))
+            self._bounds[taken[0]] = (0.0, math.inf)
         if func in _BOUNDED_RECTIFIERS and taken[0] is not None:
-            low, high = (*args[1:], *(-1.0, 1.0)[len(args) - 1 :])
-            self._clamped.append((taken[0], (low, high)))
+            low, high = args[1] if len(args) > 1 else -1.0, args[2] if len(args) > 2 else 1.0
+            self._bounds[taken[0]] = (float(low), float(high))
         result = func(*args, **(kwargs or {}))
-        if func in _SUMS and not kwargs and len(taken) == 2 and args[0].shape == args[1].shape:
+        if func in _SUMS and not kwargs and len(taken) == 2 == len(args) and args[0].shape == args[1].shape:
             self._add(taken[0], taken[1], result)
         return result
 
@@ -219,15 +227,14 @@ class _Watcher(TorchDispatchMode):
         if one is None or other is None or one is other:
             return
         for end, beside in ((one, other), (other, one)):
-            if end.layer is None or end.following.other is not None:
+            if end.layer is None or end.beside:
                 continue
             begun = self._begun[end.layer]
-            place = next((place for time, place in beside.places if time < begun), None)
-            if place is not None:
-                following = replace(end.following, other=place)
+            places = tuple(place for time, place in beside.places if time < begun)
+            if places:
                 # PyTorch counts a change in place when the operation has returned, which is after this.
                 version = result._version + (result is one.tensor)
-                self._remember(_Known(result, version, end.layer, following, end))
+                self._remember(_Known(result, version, end.layer, end.normalisations, places, end))
                 return
 
     def _begins(self, module: nn.Module, inputs: Any) -> None:
@@ -246,12 +253,12 @@ class _Watcher(TorchDispatchMode):
         if self._find(output) is None:
             known = _Known(output, output._version)
             if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-                known = replace(known, layer=name)
+                known.layer = name
             elif isinstance(module, _BatchNorm) and module.running_var is not None:
                 before = self._find(inputs[0])
-                if before is not None and before.layer is not None and before.following.other is None:
-                    done = (*before.following.normalisations, name)
-                    known = replace(known, layer=before.layer, following=Following(done), before=before)
+                if before is not None and before.layer is not None and not before.beside:
+                    known.layer, known.before = before.layer, before
+                    known.normalisations = (*before.normalisations, name)
             self._remember(known)
         self._note(output, Place(name, is_input=False))
 
@@ -271,6 +278,3 @@ class _Watcher(TorchDispatchMode):
         """What is known of a tensor, unless it was changed in place since."""
         known = self._known.get(id(tensor))
         return known if known is not None and known.version == tensor._version else None
-
-    def _place_of(self, known: _Known) -> str:
-        return "" if known.following.other is None else known.following.other.module

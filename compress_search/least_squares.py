@@ -95,6 +95,10 @@ class PrimalRegression:
         """See :meth:`Regression.add`."""
         self._parts[held_out].add(inputs, residual)
 
+    def add_inputs(self, inputs: Tensor, *, held_out: bool) -> None:
+        """Add samples whose residuals will be added afterwards."""
+        self._parts[held_out].add(inputs)
+
     def forget_residuals(self) -> None:
         """Go on with the same inputs and no residuals."""
         for part in self._parts:
@@ -108,7 +112,7 @@ class PrimalRegression:
     def is_underdetermined(self) -> bool:
         """See :attr:`Regression.is_underdetermined`."""
         fitted = self._parts[0]
-        return fitted.rows < fitted.gram().shape[-1]
+        return not fitted.rows or fitted.rows < fitted.gram().shape[-1]
 
     def changes(self) -> Iterator[Change]:
         """See :meth:`Regression.changes`; all in one piece."""

@@ -3,14 +3,15 @@
 Each layer is given the weights with which its outputs, computed from the inputs that the *compressed* net
 now feeds it, come nearest to what the *original* layer put out. Errors of earlier layers are so made good
 by later ones instead of adding up (He et al. 2017, section 3.2; Zhang et al. 2016, section 3.3,
-"asymmetric"). Where it is known what follows a layer (:mod:`compress_search.following`), what comes of its outputs
-there is to be what came of the original's.
+"asymmetric"). Where it is known what follows a layer (:mod:`compress_search.following`), what comes of its
+outputs there is to be what came of the original's.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.calibration import warn_of_few_rows
+from compress_search.following import NOTHING_KNOWN, Following, Place, find_following, noting
 from compress_search.least_squares import PrimalRegression, Regression, regression_of
 from compress_search.patches import add_to_weights
 from compress_search.pausing import Notes, PausablePass, passes_keep_apart, pausing_after, pausing_before
 from compress_search.profile import inference_mode_of
-from compress_search.following import Following, Place, find_following, noting
 
 logger = logging.getLogger("compress_search")
 
@@ -40,6 +41,15 @@ Batches that do not fit start again from the input for the next refit: time in p
 
 
 _KEPT_BYTES = 2**28
+"""What the inputs and outputs of a layer that are looked at again may take together. At high resolution that
+is few examples, but each has many rows."""
+
+_ROUNDS = 2
+"""How often a layer before a clamp is fitted again. On ResNet-20 pruned to 0.44 of its MACs the first two
+rounds lower the divergence by 5 %, and four more by 2 %."""
+
+_STRETCH = 1.5
+"""Each round goes further by this than it asks for: like all such bounds from above, its steps are short."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Refit:
     source: str
     outputs: tuple[int, ...] | None = None
     calls: int = 1
-    following: Following = Following()
+    following: Following = NOTHING_KNOWN
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Visit:
         inputs: What the compressed model feeds the layer.
         outputs: What the layer makes of it with its present weights.
         wanted: What the original layer put out.
-        beside: What the outputs are added to, in the compressed model and in the original; ``None`` for nothing.
+        beside: What the outputs are added to, in the compressed model and in the original, if that is known.
     """
 
     batch: int
@@ -120,13 +130,24 @@ def refit_in_forward_order(
         return
     with inference_mode_of(model), inference_mode_of(original):
         example = batches[0][:1].to(next(original.parameters()).device)
-        found = find_following(original, example)
-        refits = [replace(refit, following=found.get(refit.source, Following())) for refit in refits]
+        refits = with_following(refits, original, example)
         road = _road(model, original, refits, batches)
         try:
             refit_on(road, model, refits)
         finally:
             road.close()
+
+
+def with_following(refits: Sequence[Refit], original: nn.Module, example: Tensor) -> list[Refit]:
+    """The same refits, each with what follows its layer in the original.
+
+    Args:
+        refits: The refits.
+        original: The model before compression.
+        example: ``(batch, ...)``, on its device.
+    """
+    found = find_following(original, example)
+    return [replace(refit, following=found.get(refit.source, NOTHING_KNOWN)) for refit in refits]
 
 
 def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
@@ -150,7 +171,12 @@ def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
             few.append(refit.layer)
         _change(layer, regression)
         if refit.following.bounds is not None and isinstance(regression, PrimalRegression):
-            _refine(model, layer, refit, regression, kept)
+            if not kept.are_all:
+                regression = PrimalRegression(layer, refit.layer)
+                for visit in kept.visits:
+                    regression.add_inputs(visit.inputs, held_out=visit.is_held_out)
+            if not regression.is_underdetermined:
+                _refine(model, layer, refit, regression, kept.visits)
     warn_of_few_rows(few)
 
 
@@ -171,7 +197,7 @@ def _change(layer: nn.Module, regression: Regression) -> None:
 
 
 class _KeptVisits:
-    """Visits of one refit that are looked at again, as many as memory allows."""
+    """The visits of one refit, to be looked at again: all, or as many as memory allows."""
 
     def __init__(self) -> None:
         self.visits: list[Visit] = []
@@ -180,7 +206,7 @@ class _KeptVisits:
 
     def add(self, visit: Visit) -> None:
         """Keep a visit, if there is room for it."""
-        tensors = [visit.inputs, visit.wanted, *(visit.beside or ())]
+        tensors = [visit.inputs, visit.outputs, visit.wanted, *(visit.beside or ())]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self._bytes + size > _KEPT_BYTES:
             self.are_all = False
@@ -190,27 +216,57 @@ class _KeptVisits:
 
 
 def _refine(
-    model: nn.Module, layer: nn.Module, refit: Refit, regression: PrimalRegression, kept: _KeptVisits
+    model: nn.Module, layer: nn.Module, refit: Refit, regression: PrimalRegression, kept: Sequence[Visit]
 ) -> None:
-    """Fit what is left after the clamp."""
-    import os
-    low, high = refit.following.bounds
-    for _ in range(int(os.environ.get("ROUNDS", "3"))):
+    """Fit again what the clamp that follows lets through.
+
+    Where the original is clamped, everything on that side of the bound is right; what is on the wrong side
+    has to come back to the bound and no further. These targets depend on the present outputs, so it takes
+    rounds; of the weights of all rounds those stay that have the least error after the clamp.
+
+    Args:
+        model: The compressed model.
+        layer: The layer, refitted without regard to the clamp.
+        refit: What it is refitted to.
+        regression: Has seen the inputs of all visits that are kept, and of these alone.
+        kept: Calls of the layer.
+    """
+    following = refit.following
+    assert following.bounds is not None
+    best_error, best = math.inf, layer.state_dict()
+    for number in range(_ROUNDS + 1):
         regression.forget_residuals()
-        for visit in kept.visits:
+        error = 0.0
+        for visit in kept:
             outputs = layer(visit.inputs)
-            now = dataclasses.replace(visit, outputs=outputs)
-            lack = _residual(model, layer, refit, now)
-            # u, u' after; error in u-space = slope * lack
-            ours = None if visit.beside is None else visit.beside[0]
-            u = refit.following.after(model, outputs, ours)
-            slope_lack = refit.following.after(model, outputs + lack, ours) - u
-            want = u + slope_lack
-            target = torch.where(want <= low, torch.minimum(u, torch.full_like(u, low)), want)
-            target = torch.where(want >= high, torch.maximum(u, torch.full_like(u, high)), target)
-            change = refit.following.before(model, target - u)
-            regression.add_residual(visit.inputs, change * float(os.environ.get("OVER", "1")), held_out=visit.is_held_out)
-        _change(layer, regression)
+            lack = _residual(model, layer, refit, replace(visit, outputs=outputs))
+            beside = None if visit.beside is None else visit.beside[0]
+            have, want = (following.after(model, part, beside) for part in (outputs, outputs + lack))
+            error += float((have.clamp(*following.bounds) - want.clamp(*following.bounds)).square().sum())
+            if number < _ROUNDS:
+                change = before_clamp(have, want, following.bounds).sub_(have).mul_(_STRETCH)
+                regression.add_residual(
+                    visit.inputs, following.before(model, change), held_out=visit.is_held_out
+                )
+        if error >= best_error:
+            layer.load_state_dict(best)
+            return
+        best_error, best = error, copy.deepcopy(layer.state_dict())
+        if number < _ROUNDS:
+            _change(layer, regression)
+
+
+def before_clamp(have: Tensor, want: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """The values nearest to those that are had which are clamped to what is wanted.
+
+    Args:
+        have: Present values before a clamp.
+        want: The original's, of the same shape.
+        bounds: Of the clamp.
+    """
+    low, high = bounds
+    below = torch.where(want <= low, have.clamp_max(low), want)
+    return torch.where(want >= high, have.clamp_min(high), below)
 
 
 def _road(model: nn.Module, original: nn.Module, refits: Sequence[Refit], batches: Sequence[Tensor]) -> Road:
@@ -380,7 +436,7 @@ class WaitAndGoOn:
 
 
 def _taken(refit: Refit, ours: Notes, theirs: Notes) -> tuple[Tensor, Tensor] | None:
-    """What the outputs are added to, taken out of the notes; ``None`` where it was not seen in both models."""
+    """What the outputs are added to, taken out of the notes; ``None`` if it was not seen in both models."""
     if refit.following.other is None:
         return None
     beside = ours.pop(refit.following.other, None), theirs.pop(refit.following.other, None)

@@ -33,7 +33,7 @@ ORDER = (
     "activations",
     "calibration",
     "pausing",
-    "residual_sums",
+    "following",
     "least_squares",
     "reconstruction",
     "methods",

@@ -38,8 +38,8 @@ class Consumer:
         weights: ``(features, channels)`` in float64.
         blocks: ``(number of blocks, features per block)``, the features that each block feeds. Features of
             no block are never removed.
-        root: ``(channels, channels)``, lower triangular. An error ``e`` of the outputs counts ``|e @ root|^2``;
-            with ``None`` it counts ``|e|^2`` relative to the energy of the layer's output.
+        root: ``(channels, channels)``, lower triangular. An error ``e`` of the outputs counts
+            ``|e @ root|^2``; with ``None`` it counts ``|e|^2`` relative to the energy of the layer's output.
     """
 
     covariance: Tensor

@@ -75,8 +75,8 @@ class ChannelPruningAnalysis:
         coupling: What of it can be pruned.
         ignore: Names of layers to leave alone.
         protected: Indices of the blocks that must stay, by group name.
-        known_sensitivities: How much the network's output cares for errors in the consumers' outputs, measured
-            on some batches before.
+        known_sensitivities: How much the network's output cares for errors in the consumers' outputs,
+            measured on some batches before.
         known_orders: In which order the brain surgeon removed blocks on some batches before.
     """
 

@@ -24,6 +24,7 @@ from compress_search.reconstruction import (
     _road,
     refit_in_forward_order,
     refit_on,
+    with_following,
 )
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -193,6 +194,7 @@ def _refit_on_both_roads(original, names, batches):
     refits = [Refit(name, name) for name in names]
     refit_in_forward_order(fast, original, refits, batches)
     with torch.no_grad():
+        refits = with_following(refits, original, batches[0])
         refit_on(_again(slow, original, refits, batches), slow, refits)
     return fast, slow
 
