@@ -10,17 +10,22 @@ from compress_search.methods import brain_surgeon
 from compress_search.methods.brain_surgeon import Consumer, bias_that_follows, remove_blocks
 
 
-def _consumer(blocks: int, width: int, channels: int, seed: int, *, others: int = 0) -> Consumer:
+def _consumer(
+    blocks: int, width: int, channels: int, seed: int, *, others: int = 0, weighed: bool = False
+) -> Consumer:
     """A consumer whose blocks' features lie in a random order, with some features of no block."""
     generator = torch.Generator().manual_seed(seed)
     features = blocks * width + others
     mixing = torch.randn(features, features, generator=generator, dtype=torch.float64)
     rows = torch.randn(400, features, generator=generator, dtype=torch.float64) @ mixing
     order = torch.randperm(features, generator=generator)
+    root = torch.randn(channels, channels, generator=generator, dtype=torch.float64).tril()
+    root.diagonal().abs_().add_(0.5)
     return Consumer(
         covariance=rows.T @ rows / len(rows),
         weights=torch.randn(features, channels, generator=generator, dtype=torch.float64),
         blocks=order[: blocks * width].reshape(blocks, width),
+        root=root if weighed else None,
     )
 
 
@@ -37,12 +42,14 @@ def _resolved(consumer: Consumer, kept: list[int]) -> torch.Tensor:
 
 
 def _least_error(consumer: Consumer, kept: list[int]) -> float:
-    """Error of the best weights on the kept blocks, relative to the energy of the output."""
+    """What the error of the best weights on the kept blocks counts."""
     gram, weights = consumer.covariance, consumer.weights
     energy = float(torch.trace(weights.T @ gram @ weights))
     gram = gram + torch.diag(brain_surgeon._RIDGE * mean_energy(gram))
     difference = weights - _resolved(consumer, kept)
-    return float(torch.trace(difference.T @ gram @ difference)) / energy
+    if consumer.root is None:
+        return float(torch.trace(difference.T @ gram @ difference)) / energy
+    return float(torch.trace(difference.T @ gram @ difference @ consumer.root @ consumer.root.T))
 
 
 @pytest.fixture(params=[1, 4, 256], autouse=True)
@@ -54,8 +61,9 @@ def pending(request, monkeypatch):
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("consumers", [1, 2])
 @pytest.mark.parametrize("others", [0, 2])
-def test_every_step_removes_the_block_that_brute_force_would(width, consumers, others):
-    group = [_consumer(6, width, 4, seed, others=others) for seed in range(consumers)]
+@pytest.mark.parametrize("weighed", [False, True])
+def test_every_step_removes_the_block_that_brute_force_would(width, consumers, others, weighed):
+    group = [_consumer(6, width, 4, seed, others=others, weighed=weighed) for seed in range(consumers)]
     removal = remove_blocks(group)
     kept, error_before = list(range(6)), 0.0
     for block, added in zip(removal.order, removal.errors, strict=True):
@@ -89,8 +97,9 @@ def test_protected_blocks_stay_and_the_others_go_as_if_there_were_no_others():
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_snapshots_are_the_weights_solved_from_scratch(others):
-    group = [_consumer(7, width, 4, seed=width, others=others) for width in (1, 3)]
+@pytest.mark.parametrize("weighed", [False, True])
+def test_snapshots_are_the_weights_solved_from_scratch(others, weighed):
+    group = [_consumer(7, width, 4, seed=width, others=others, weighed=weighed) for width in (1, 3)]
     removal = remove_blocks(group, keep=1, snapshots=[0, 1, 4, 7])
     assert set(removal.weights) == {1, 4, 7}, "fewer than one block are never left"
     for size, weights in removal.weights.items():

@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from compress_search.methods import METHODS
-from compress_search.methods.channel_choice import choose_blocks, largest_blocks
+from compress_search.methods.channel_choice import (
+    choose_blocks,
+    consumers_of_group,
+    input_moments,
+    largest_blocks,
+)
 from compress_search.methods.low_rank import factorise
 from compress_search.methods.output_sensitivity import output_sensitivities
 
@@ -101,3 +106,35 @@ def test_the_inputs_of_a_wide_layer_of_even_more_outputs_have_no_say(monkeypatch
     kept = factorise(model[0].weight.detach().T[None], None, sensitivity).truncated(4)
     expected = (kept.left @ kept.right)[0].T.float()
     torch.testing.assert_close(imitation.parameters[4]["0.weight"], expected)
+
+
+def test_errors_of_all_consumers_count_in_nats_or_none_do(monkeypatch):
+    model = zoo.build("Residual")
+    groups = METHODS["channel_pruning"].analyse(model, torch.zeros(zoo.EXAMPLE_SHAPE)).coupling.groups
+    (group,) = [group for group in groups if group.name == "conv1"]
+    batches = [torch.randn(16, *zoo.EXAMPLE_SHAPE[1:]) for _ in range(3)]
+    names = [member.layer for member in group.consumers]
+    moments = input_moments(model, groups, batches)
+    sensitivities = output_sensitivities(model, names, batches)
+    for consumer, name in zip(consumers_of_group(model, group, moments, sensitivities), names, strict=True):
+        scale = sensitivities[name].diagonal(dim1=1, dim2=2).mean()
+        # A little of the mean is added to every channel.
+        expected = sensitivities[name][0] + 0.3 * scale * torch.eye(len(sensitivities[name][0]))
+        torch.testing.assert_close(consumer.root @ consumer.root.T, expected)
+    some = dict(list(sensitivities.items())[1:])
+    assert all(consumer.root is None for consumer in consumers_of_group(model, group, moments, some))
+
+
+def test_channels_that_the_output_does_not_hear_go_first():
+    """Of two pairs of channels, the output is deaf to what the second layer makes of one of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(6 * 16, 3)).eval()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[:3, :2] = torch.randn(3, 2, 1, 1)
+        model[1].weight[3:, 2:] = 1.5 * model[1].weight[:3, :2]
+        model[3].weight.view(3, 6, 16)[:, 3:] *= 1e-3
+    batches = [torch.randn(32, 3, 4, 4) for _ in range(4)]
+    analysis = METHODS["channel_pruning"].analyse(model, batches[0][:1])
+    (edit,) = [edit for edit in analysis.apply({"0": 2}, batches).step.edits if edit.layer == "0"]
+    assert edit.outputs == (0, 1)
