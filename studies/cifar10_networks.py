@@ -1,7 +1,8 @@
 """Two networks for CIFAR-10 that a CPU can train: ResNet-20 and a plain one in the manner of VGG.
 
-Each is trained once, for less than ten minutes on a thread of its own, and its weights are kept. Launch it
-with ``python studies/cifar10_networks.py`` to train both beforehand.
+Each is trained once, for about twenty minutes on a thread of its own, and its weights are kept. Launch it
+with ``python studies/cifar10_networks.py`` to train beforehand what is not there. The weights of ResNet-20 that
+this made are in ``studies/weights``, whose README says how.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ VALIDATION_IMAGES = 1_000
 BATCH = 128
 SEED = 0
 BASELINES = Path("runs/baselines")
+SHIPPED = Path(__file__).parent / "weights"
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
@@ -114,14 +116,14 @@ class AugmentedBatches:
 
 
 def trained(name: str, train: Images, *, folder: Path = BASELINES) -> nn.Sequential:
-    """Return a trained network; train it if its weights are not in the folder.
+    """Return a trained network; train it if its weights are neither shipped nor in the folder.
 
     The last thousand training images are held out to pick the best epoch.
     """
     build, epochs = NETWORKS[name]
     with seeded(SEED):
         network = build()
-    weights = folder / f"cifar10-{name}.safetensors"
+    weights = weights_of(name, folder=folder)
     if not weights.exists():
         parts = [
             Images(train.pixels[part], train.labels[part])
@@ -144,6 +146,12 @@ def trained(name: str, train: Images, *, folder: Path = BASELINES) -> nn.Sequent
         save_weights(network.to(memory_format=torch.contiguous_format), weights)
     load_weights(network, weights)
     return network.eval()
+
+
+def weights_of(name: str, *, folder: Path = BASELINES) -> Path:
+    """The file of a network's weights: the shipped one, or else where :func:`trained` keeps them."""
+    file = f"cifar10-{name}.safetensors"
+    return SHIPPED / file if (SHIPPED / file).exists() else folder / file
 
 
 def main() -> None:

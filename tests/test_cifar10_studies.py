@@ -134,3 +134,12 @@ def test_reconstruction_of_the_benchmark_is_that_of_the_method(networks):
     given = batches[0]
     assert not torch.allclose(bare(given), wanted.model(given))
     assert torch.equal(rebuilt(given), wanted.model(given))
+
+
+def test_the_shipped_weights_are_those_of_their_readme(networks):
+    readme = (networks.SHIPPED / "README.md").read_text()
+    (weights,) = networks.SHIPPED.glob("*.safetensors")
+    assert weights == networks.weights_of("resnet20")
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in readme
+    model = networks.trained("resnet20", None)
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in readme

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cifar10 import Images, load_cifar10
-from cifar10_networks import BASELINES, normalised, trained, whole_batches
+from cifar10_networks import normalised, trained, weights_of, whole_batches
 from safetensors.torch import load_file, save_file
 
 from benchmarks.cases import Case, Effort, Request, Result, read_result
@@ -75,7 +75,7 @@ class Laboratory:
 
     def weights(self, network: str) -> Path:
         """The file of a network's weights; it is trained if there is none."""
-        weights = (BASELINES / f"cifar10-{network}.safetensors").absolute()
+        weights = weights_of(network).absolute()
         if not weights.exists():
             trained(network, self._data[0])
         return weights
