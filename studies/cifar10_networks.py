@@ -1,8 +1,8 @@
 """Two networks for CIFAR-10 that a CPU can train: ResNet-20 and a plain one in the manner of VGG.
 
 Each is trained once, for about twenty minutes on a thread of its own, and its weights are kept. Launch it
-with ``python studies/cifar10_networks.py`` to train beforehand what is not there. The weights of ResNet-20 that
-this made are in ``studies/weights``, whose README says how.
+with ``python studies/cifar10_networks.py`` to train beforehand what is not there. The weights of ResNet-20
+that this made are in ``studies/weights``, whose README says how.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class ConsumerOnRows:
     """A layer that mixes the channels in question.
 
     Attributes:
-        rows: ``(rows, features)`` in float64, of its input patches; less their mean where the layer has a
-            bias that could make good a change of the mean.
+        rows: ``(rows, features)`` in float64, of its input patches, scaled so that ``rows^T rows`` is their
+            covariance; their mean is taken off where the layer has a bias that could make good its change.
         weights: ``(features, channels)`` in their own precision.
         blocks: ``(number of blocks, features per block)``, the features that each block feeds. Features of
             no block are never removed.
@@ -56,10 +56,9 @@ class StateOnRows:
     def __init__(self, consumer: ConsumerOnRows, *, ridge: float) -> None:
         self._blocks = consumer.blocks
         self._weights = consumer.weights
-        self._rows = consumer.rows / math.sqrt(len(consumer.rows))
-        mean_energy = self._rows.square().sum() / self._rows.shape[1]
-        self._ridge = float((ridge * mean_energy).clamp_min(1e-12))
+        self._rows = consumer.rows
         kernel = self._rows @ self._rows.T
+        self._ridge = float((ridge * kernel.trace() / self._rows.shape[1]).clamp_min(1e-12))
         self._inverse = torch.cholesky_inverse(
             ridge_cholesky(kernel, torch.full_like(kernel[0], self._ridge))
         )

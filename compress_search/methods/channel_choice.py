@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
@@ -165,8 +166,11 @@ def _consumers_of(
         # The bias can make good the mean of what is removed.
         mean = mean_inputs(moments)[chunk] if isinstance(layer.bias, nn.Parameter) else None
         if isinstance(moments, SampledRows):
-            seen = moments.values[chunk].double()
-            seen = seen if mean is None else seen - mean
+            # One copy and no more: it can be hundreds of megabytes.
+            seen = moments.values[chunk].to(torch.float64, copy=True)
+            if mean is not None:
+                seen -= mean
+            seen /= math.sqrt(len(seen))
             found.append(ConsumerOnRows(seen, weights=rows[chunk].T, blocks=features))
         else:
             covariance = moments[chunk, :-1, :-1]

@@ -96,7 +96,9 @@ def factorise(
         product = _weigh_columns(_weigh_columns(product, root).mT, root)
         energy, vectors = top_eigenvectors(product, wanted)
         weighed = vectors if root is None else _weigh_columns(vectors.mT, root.mT).mT
-        left = torch.cat([rows.double() @ weighed for _, rows in _pieces(matrix)], dim=-2)
+        left = weighed.new_empty(*matrix.shape[:-1], wanted)
+        for own, rows in _pieces(matrix):
+            left[..., own, :] = rows.double() @ weighed
         right = _weigh_columns(vectors.mT, None if root is None else _inverse_of_lower(root))
     else:
         assert not isinstance(gram, SampledRows), "they would not make the product any smaller"
@@ -110,7 +112,8 @@ def factorise(
     tiny = torch.finfo(left.dtype).tiny
     scale = (left.norm(dim=-2).clamp_min(tiny) / right.norm(dim=-1).clamp_min(tiny)).sqrt()
     total = product.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return Factors(left / scale[..., None, :], right * scale[..., None], energy.clamp_min(0), total)
+    # In place, since they can be the largest things in memory.
+    return Factors(left.div_(scale[..., None, :]), right.mul_(scale[..., None]), energy.clamp_min(0), total)
 
 
 def _moments_of_outputs(matrix: Tensor, gram: Tensor | SampledRows | None) -> Tensor:

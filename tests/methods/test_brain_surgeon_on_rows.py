@@ -20,7 +20,7 @@ def _pair(*, rows: int, width: int, others: int, seed: int = 0, dtype: torch.dty
     weights = torch.randn(features, 4, generator=generator, dtype=dtype)
     blocks = torch.randperm(features, generator=generator)[: 6 * width].reshape(6, width)
     dense = Consumer(values.T @ values / rows, weights.double(), blocks)
-    return dense, ConsumerOnRows(values, weights, blocks)
+    return dense, ConsumerOnRows(values / math.sqrt(rows), weights, blocks)
 
 
 @pytest.mark.parametrize("rows", [3, 12, 100])
