@@ -33,7 +33,7 @@ from compress_search.task import Task
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 2
+_STAGE_FORMAT = 3
 """Part of every key. Raise it when the same settings would give other weights than before."""
 
 _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
