@@ -170,7 +170,7 @@ def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
         if regression.is_underdetermined:
             few.append(refit.layer)
         _change(layer, regression)
-        if refit.following.bounds is not None and isinstance(regression, PrimalRegression):
+        if isinstance(regression, PrimalRegression) and kept.show_what_follows(refit.following):
             if not kept.are_all:
                 regression = PrimalRegression(layer, refit.layer)
                 for visit in kept.visits:
@@ -214,6 +214,11 @@ class _KeptVisits:
         self._bytes += size
         self.visits.append(visit)
 
+    def show_what_follows(self, following: Following) -> bool:
+        """Whether there is a clamp, and everything is known of what comes before it."""
+        summed = following.other is not None
+        return following.bounds is not None and all((v.beside is not None) == summed for v in self.visits)
+
 
 def _refine(
     model: nn.Module, layer: nn.Module, refit: Refit, regression: PrimalRegression, kept: Sequence[Visit]
@@ -242,7 +247,8 @@ def _refine(
             lack = _residual(model, layer, refit, replace(visit, outputs=outputs))
             beside = None if visit.beside is None else visit.beside[0]
             have, want = (following.after(model, part, beside) for part in (outputs, outputs + lack))
-            error += float((have.clamp(*following.bounds) - want.clamp(*following.bounds)).square().sum())
+            apart = have.clamp(*following.bounds) - want.clamp(*following.bounds)
+            error += float(apart.float().square().sum())
             if number < _ROUNDS:
                 change = before_clamp(have, want, following.bounds).sub_(have).mul_(_STRETCH)
                 regression.add_residual(
@@ -250,6 +256,7 @@ def _refine(
                 )
         if error >= best_error:
             layer.load_state_dict(best)
+            torch.clear_autocast_cache()
             return
         best_error, best = error, copy.deepcopy(layer.state_dict())
         if number < _ROUNDS:
