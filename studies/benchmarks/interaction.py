@@ -118,7 +118,9 @@ def corrected(
         together = joint[name, below] - joint[name, above]
         ratio = together / alone if alone > 0 and together > 0 else LEAST_FACTOR**2
         factors[name] = min(max(math.sqrt(ratio), LEAST_FACTOR), MOST_FACTOR)
-    cells = tuple(dataclasses.replace(cell, loss=cell.loss * factors[cell.unit]) for cell in table.cells)
+    cells = tuple(
+        dataclasses.replace(cell, loss=cell.loss * factors.get(cell.unit, 1.0)) for cell in table.cells
+    )
     return SensitivityTable(cells, table.fingerprint)
 
 
