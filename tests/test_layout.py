@@ -16,6 +16,7 @@ ORDER = (
     "checkpoint",
     "fingerprint",
     "profile",
+    "memory_layout",
     "surgery",
     "weight_sharing",
     "plan",
