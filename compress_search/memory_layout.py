@@ -8,16 +8,12 @@ not, and each layer hands its inputs' layout on to the next. The numbers stay wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from compress_search.divergence import are_same_but_for_rounding
 from compress_search.profile import inference_mode_of
-
-_TOLERANCE = 1e-3
-"""How far outputs may be apart that differ by rounding alone, relative to the largest of them."""
 
 
 def in_quickest_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -49,24 +45,14 @@ def in_quickest_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tens
 def _is_indifferent(model: nn.Module, example: Tensor) -> bool:
     """Whether the model gives the same whichever layout its input has."""
     with inference_mode_of(model):
-        wanted = tree_leaves(model(example))
+        wanted = model(example)
         try:
-            given = tree_leaves(model(_channels_last(example)))
+            given = model(_channels_last(example))
         except Exception:
             # Whatever a forward raises when it is given what it is not made for.
             return False
-    return len(given) == len(wanted) and all(map(_is_close, given, wanted))
+    return are_same_but_for_rounding(given, wanted)
 
 
 def _channels_last(images: Tensor) -> Tensor:
     return images.to(memory_format=torch.channels_last)
-
-
-def _is_close(given: Any, wanted: Any) -> bool:
-    if not isinstance(given, Tensor) or not isinstance(wanted, Tensor):
-        return type(given) is type(wanted)
-    if given.shape != wanted.shape:
-        return False
-    if not wanted.is_floating_point() or not wanted.numel():
-        return torch.equal(given, wanted)
-    return bool((given - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
