@@ -27,7 +27,7 @@ _GRAM_ELEMENTS = 2**27
 """How many elements of Gram matrices are accumulated in one pass (1 GB in float64)."""
 
 _COMPARED = 4
-"""One batch in so many decides between two sets of BatchNorm statistics."""
+"""One batch in so many decides between two sets of BatchNorm statistics, as many are a first sample."""
 
 WIDEST = 8192
 """Of layers with more input features than this, rows are kept in place of a Gram matrix (0.5 GB in float64 at
@@ -219,13 +219,16 @@ def with_best_batchnorm(model: nn.Module, reference: nn.Module, batches: Sequenc
     """
     if not batches or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
-    estimated = reestimated_batchnorm(model, batches)
-    # A part of the batches is enough to tell which is nearer, and four passes over all would cost more than
-    # the compression itself.
-    compared = batches[-max(1, len(batches) // _COMPARED) :]
-    if divergence(estimated, reference, compared) < divergence(model, reference, compared):
-        return estimated
-    return model
+    # A part of the batches is enough to tell which is nearer, and passes over all would cost more than the
+    # compression itself. Another part is enough to tell that new statistics are worth a pass over all.
+    part = max(1, len(batches) // _COMPARED)
+    compared, others = batches[-part:], batches[:-part] or batches
+    unchanged = divergence(model, reference, compared)
+    for sample in (others[:part], batches):
+        estimated = reestimated_batchnorm(model, sample)
+        if not divergence(estimated, reference, compared) < unchanged:  # NaN is no gain either.
+            return model
+    return estimated
 
 
 def reestimated_batchnorm(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress_search.calibration import with_best_batchnorm
 from compress_search.exceptions import ConfigError
 from compress_search.fingerprint import content_hash, model_fingerprint
+from compress_search.memory_layout import in_quickest_layout
 from compress_search.methods import METHODS
 from compress_search.methods.method import Analysis, Compressed, Sizes
 from compress_search.progress import Progress
@@ -97,6 +98,7 @@ def compress(
             ]
         )
     analysis = analyse(model, example_input, stage)
+    batches = in_quickest_layout(model, batches)
     source = TableSource(batches, score=score, progress=progress)
     sizes = choose_sizes(analysis, stage, source, table=table)
     return apply(analysis, sizes, batches)
@@ -129,8 +131,9 @@ def measure_sensitivity(
         EvaluationError: The score failed at a cell.
         ModelError: The model cannot be analysed, or its weights or activations are not finite.
     """
-    source = TableSource(batches, score=score, progress=progress)
-    return sensitivity_table(analyse(model, example_input, stage), stage, source)
+    analysis = analyse(model, example_input, stage)
+    source = TableSource(in_quickest_layout(model, batches), score=score, progress=progress)
+    return sensitivity_table(analysis, stage, source)
 
 
 def analyse(model: nn.Module, example_input: Tensor, stage: Compress) -> Analysis:

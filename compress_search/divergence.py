@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+_ROUNDING = 1e-3
+"""How far outputs may be apart that differ by rounding alone, relative to the largest of them."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -55,6 +58,27 @@ def divergence_of(outputs: Any, wanted: Any) -> Divergence:
 def are_logits(outputs: Tensor) -> bool:
     """Whether outputs are taken for the logits of a classifier: ``(batch, classes)``, two classes or more."""
     return outputs.ndim == 2 and outputs.shape[1] > 1
+
+
+def are_same_but_for_rounding(outputs: Any, wanted: Any) -> bool:
+    """Whether outputs differ by no more than another order of the same operations makes.
+
+    Args:
+        outputs: A tensor, or tensors in lists, tuples or mappings.
+        wanted: The same, computed otherwise.
+    """
+    given, right = tree_leaves(outputs), tree_leaves(wanted)
+    return len(given) == len(right) and all(map(_is_close, given, right))
+
+
+def _is_close(given: Any, wanted: Any) -> bool:
+    if not isinstance(given, Tensor) or not isinstance(wanted, Tensor):
+        return type(given) is type(wanted)
+    if given.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point() or not wanted.numel():
+        return torch.equal(given, wanted)
+    return bool((given - wanted).abs().max() <= _ROUNDING * wanted.abs().max())
 
 
 def _kullback_leibler(outputs: Tensor, wanted: Tensor) -> float:

@@ -2,7 +2,8 @@
 
 Works on modules, not on a traced graph, so that any ``forward`` will do. While a batch runs for the first
 time, the outputs of all modules that have finished before the layer begins are kept. When it runs again,
-those modules hand out what was kept; whatever a ``forward`` does between modules is done again.
+those modules hand out what was kept; whatever a ``forward`` does between modules is done again. The first
+run can itself go on later, to the next layer of interest, in the same way.
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from compress_search.divergence import are_same_but_for_rounding
 from compress_search.profile import inference_mode_of
+
+_KEPT_BYTES = 2**29
+"""What all prefixes that wait for their next layers may take together, as much as the passes of a refit.
+
+Batches that do not fit start again from the input: time in place of memory.
+"""
 
 
 @dataclass(eq=False)
@@ -30,6 +39,9 @@ class _Call:
         returned: Position of the argument that it gave back as its output, if it did.
         after: Position in the list of calls right after this one and all calls within it; ``None`` while
             it has not finished.
+        is_tangled: Whether its output is a view of an argument, or it changed what is no argument of its
+            own but within one. Handing out a copy then is not quite what the call does: good enough for
+            what is computed at once, but not for what is kept.
     """
 
     module: nn.Module
@@ -37,10 +49,15 @@ class _Call:
     changed: Mapping[int, Tensor] = field(default_factory=dict)
     returned: int | None = None
     after: int | None = None
+    is_tangled: bool = False
 
 
 class _LayerReachedError(Exception):
     """The first run is over: the layer's first call is about to begin."""
+
+
+class _NotRepeatedError(Exception):
+    """A run does not do what the run did that it goes on from."""
 
 
 @dataclass(eq=False)
@@ -65,15 +82,43 @@ class Prefix:
         self._model = model
         self._batch = batch
         self._calls: list[_Call] = []
-        self._stops = {model.get_submodule(name) for name in layers}
-        self._levels: list[_Level] = []
+        self.move_to(layers)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that is kept of the run, in bytes."""
+        return sum(
+            leaf.numel() * leaf.element_size()
+            for call in self._calls
+            for leaf in tree_leaves((call.output, dict(call.changed)))
+            if isinstance(leaf, Tensor)
+        )
+
+    def move_to(self, layers: Collection[str]) -> None:
+        """Go on, and stop before the first call of other layers.
+
+        Only what comes after the last stop is computed, unless one of the layers was called before it, or
+        the model's ``forward`` does not repeat itself: then the run starts anew.
+
+        Args:
+            layers: Names of the layers.
+        """
+        stops = {self._model.get_submodule(name) for name in layers}
+        calls, self._calls = self._calls, []
+        if any(call.module in stops or call.is_tangled for call in calls):
+            calls = []
         try:
-            with _patched(model, self._record), inference_mode_of(model):
-                model(batch)
-            self._calls = []
+            self._calls = self._stopped(_Recording(stops, calls))
+        except _NotRepeatedError:
+            self._calls = self._stopped(_Recording(stops, []))
+
+    def _stopped(self, recording: _Recording) -> list[_Call]:
+        try:
+            with _patched(self._model, recording.call), inference_mode_of(self._model):
+                self._model(self._batch)
         except _LayerReachedError:
-            pass
-        self._levels = []
+            return recording.calls
+        return []
 
     def rerun(self, parameters: Mapping[str, Tensor]) -> Any:
         """Finish the run with other parameters.
@@ -109,32 +154,137 @@ class Prefix:
         ):
             return self._model(self._batch)
 
-    def _record(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if module in self._stops:
-            raise _LayerReachedError
-        call, position = _Call(module), len(self._calls)
-        self._calls.append(call)
-        self._levels.append(_Level(module))
-        versions = [_version(argument) for argument in args]
+
+class Prefixes:
+    """The prefixes of several batches, which all move on from layer to layer together.
+
+    Prefixes that do not fit into a bounded memory start anew for the next layers, and so do all where
+    batches do not keep apart, as when a ``forward`` leaves activations in its module for others to find.
+
+    Args:
+        model: The model. It is run in evaluation mode and not changed.
+        batches: Each ``(batch, ...)``, on the model's device.
+        order: Names of the model's layers in the order of their first call: all at which a prefix might
+            stop.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], order: Sequence[str]) -> None:
+        self._model = model
+        self._batches = batches
+        self._order = order
+        self._kept: dict[int, Prefix] = {}
+
+    def before(self, layers: Collection[str]) -> Iterator[Prefix]:
+        """Yield the prefix of each batch that stops before some layers' first call.
+
+        A prefix may only be used until the next one is asked for.
+
+        Args:
+            layers: Names of the layers. Forward order from call to call saves the most.
+        """
+        for number, batch in enumerate(self._batches):
+            prefix = self._kept.pop(number, None)
+            if prefix is None:
+                prefix = Prefix(self._model, batch, layers)
+            else:
+                prefix.move_to(layers)
+            yield prefix
+            held = sum(kept.held_bytes for kept in self._kept.values())
+            if self._keep_apart and held + prefix.held_bytes <= _KEPT_BYTES:
+                self._kept[number] = prefix
+
+    @cached_property
+    def _keep_apart(self) -> bool:
+        """Whether batches that take turns from layer to layer give what each gives alone."""
+        examples = [self._batches[0][:1], self._batches[-1][-1:]]
+        if sum(map(len, self._batches)) < 2:
+            return False
+        prefixes = [Prefix(self._model, example, self._order[:1]) for example in examples]
+        for name in self._order[1:]:
+            for prefix in prefixes:
+                prefix.move_to([name])
+        with inference_mode_of(self._model):
+            wanted = [self._model(example) for example in examples]
+        given = [prefix.rerun({}) for prefix in prefixes]
+        return are_same_but_for_rounding(given, wanted)
+
+
+class _Recording:
+    """A run that notes down all calls of modules until one of some modules is about to be called.
+
+    Args:
+        stops: These modules.
+        calls: What an earlier run noted down, of calls that none of these modules is among. Calls that had
+            finished are not computed again.
+    """
+
+    def __init__(self, stops: Collection[nn.Module], calls: list[_Call]) -> None:
+        self.calls = calls
+        self._stops = stops
+        self._position = 0
+        self._levels: list[_Level] = []
+
+    def call(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Stand in for a module's ``forward``."""
+        if self._position == len(self.calls):
+            if module in self._stops:
+                raise _LayerReachedError
+            self.calls.append(_Call(module))
+        call = self.calls[self._position]
+        if call.module is not module:
+            raise _NotRepeatedError
+        if call.after is None:
+            output = self._run(call, forward, args, kwargs)
+        else:
+            self._position = call.after
+            output = _repeated(call, args)
+        if self._levels:
+            self._levels[-1].last = call
+        return output
+
+    def _run(self, call: _Call, forward: Any, args: Any, kwargs: Any) -> Any:
+        self._position += 1
+        position = self._position
+        self._levels.append(_Level(call.module))
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = {id(leaf): _version(leaf) for leaf in leaves}
         output = forward(*args, **kwargs)
         self._levels.pop()
+        if self._position != len(self.calls):
+            raise _NotRepeatedError
+        changed = [leaf for leaf in leaves if _version(leaf) != versions[id(leaf)]]
         call.changed = {
             place: argument.clone()
-            for place, (argument, version) in enumerate(zip(args, versions, strict=True))
-            if _version(argument) != version
+            for place, argument in enumerate(args)
+            if any(argument is leaf for leaf in changed)
         }
         call.returned = next((place for place, argument in enumerate(args) if argument is output), None)
-        for within in self._calls[position + 1 :]:
+        call.is_tangled = len(call.changed) < len(changed) or (
+            call.returned is None and _share_memory(leaves, tree_leaves(output))
+        )
+        for within in self.calls[position:]:
             # Nobody asks for what ran within a call that is skipped as a whole.
-            within.output = None
-        call.output, call.after = _copied(output), len(self._calls)
+            within.output, within.changed, within.is_tangled = None, {}, False
+        call.output, call.after = _copied(output), len(self.calls)
         if self._levels:
             above = self._levels[-1]
             if above.last is not None and _is_chain(above.module):
                 # In a chain only the last finished part is heard.
                 above.last.output = None
-            above.last = call
         return output
+
+
+def _share_memory(tensors: Sequence[Tensor], others: Sequence[Any]) -> bool:
+    storages = {_storage(tensor) for tensor in tensors if tensor.layout == torch.strided}
+    return any(
+        _storage(other) in storages
+        for other in others
+        if isinstance(other, Tensor) and other.layout == torch.strided
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_chain(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress_search.compression import TableSource, analyse, apply, choose_sizes
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.layer_by_layer import LayerByLayer
+from compress_search.memory_layout import in_quickest_layout
 from compress_search.methods.kept_channels import channels_to_keep
 from compress_search.methods.method import Analysis, Sizes
 from compress_search.plan import CompressionPlan
@@ -251,7 +252,8 @@ class StageRunner:
         if samples == 0:
             return []
         if samples not in self._calibration:
-            self._calibration[samples] = self._task.calibration_inputs(samples, seed=self._seed)
+            inputs = self._task.calibration_inputs(samples, seed=self._seed)
+            self._calibration[samples] = in_quickest_layout(self._original, inputs)
         return self._calibration[samples]
 
 

@@ -26,6 +26,7 @@ ORDER = (
     "progress",
     "linear_algebra",
     "divergence",
+    "memory_layout",
     "replay",
     "patches",
     "moments",

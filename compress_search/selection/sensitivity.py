@@ -1,8 +1,8 @@
 """Measuring the sensitivity table, in a fraction of the time that compressing unit by unit would take.
 
 No compressed model is built: each unit is imitated on the dense model by other parameters, and all its
-sizes share one factorisation. What runs before the unit runs once for all its sizes
-(:mod:`compress_search.replay`). And only a few sizes of each unit are measured at all.
+sizes share one factorisation. What runs before the unit runs once for all its sizes, and is not run again for
+the next unit (:mod:`compress_search.replay`). And only a few sizes of each unit are measured at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compress_search.exceptions import EvaluationError
 from compress_search.methods.method import Analysis, Imitation, Unit
 from compress_search.profile import inference_mode_of
 from compress_search.progress import Progress
-from compress_search.replay import Prefix
+from compress_search.replay import Prefixes
 from compress_search.selection.table import Cell
 
 logger = logging.getLogger("compress_search")
@@ -82,12 +82,12 @@ def measure_by_divergence(
     batches = [batch.to(device) for batch in merged(scoring)]
     with inference_mode_of(model):
         wanted = [model(batch) for batch in batches]
+    prefixes = Prefixes(model, batches, [layer.name for layer in analysis.profile.layers])
 
     def losses(imitation: Imitation) -> list[Cell]:
         probed = spread(sorted(imitation.parameters), probes)
         total = dict.fromkeys(probed, Divergence())
-        for batch, target in zip(batches, wanted, strict=True):
-            prefix = Prefix(model, batch, imitation.layers)
+        for prefix, target in zip(prefixes.before(imitation.layers), wanted, strict=True):
             for size in probed:
                 total[size] += divergence_of(prefix.rerun(imitation.parameters[size]), target)
         return filled_in(imitation, {size: divergence.mean for size, divergence in total.items()})

@@ -18,6 +18,7 @@ from benchmarks.cases import Request, asked_ratio
 from benchmarks.peer import Compression, Images, run
 from compress_search import Compress
 from compress_search.compression import TableSource, analyse, apply, choose_sizes, sensitivity_table
+from compress_search.memory_layout import in_quickest_layout
 from compress_search.profile import profile_model
 from compress_search.selection import SELECTORS
 
@@ -35,8 +36,9 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
         left = min(allowed / profile_model(network, EXAMPLE).macs, 1.0)
         ratio = left if step == request.case.steps[-1] else step.mac_ratio
         stage = Compress(method=step.method, mac_ratio=ratio, **request.case.settings)
-        source = TableSource(torch.split(images.calibration[: stage.samples], BATCH))
         analysis = analyse(network, EXAMPLE, stage)
+        batches = torch.split(images.calibration[: stage.samples], BATCH)
+        source = TableSource(in_quickest_layout(network, batches))
         table = sensitivity_table(analysis, stage, source) if SELECTORS[stage.selection].needs_table else None
         sizes = choose_sizes(analysis, stage, source, table=table)
         seconds += time.perf_counter() - start

@@ -179,6 +179,31 @@ def test_batchnorm_is_reestimated_only_where_that_helps():
     assert with_best_batchnorm(off, reference, []) is off
 
 
+def test_statistics_that_do_not_help_are_estimated_on_a_part_alone():
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 1, 6, 6) for _ in range(8)]
+    untrained = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 4)).eval()
+    reference = reestimated_batchnorm(untrained, batches)
+    off = reestimated_batchnorm(untrained, batches)
+    off[1].running_mean += 5.0
+    runs = []
+    for model in (reference, off):
+        model.register_forward_pre_hook(lambda model, inputs: runs.append((model[1].training, inputs[0])))
+
+    def estimated_on(model):
+        runs.clear()
+        best = with_best_batchnorm(model, reference, batches)
+        return best, [images for training, images in runs if training], runs[-1][1]
+
+    best, seen, compared = estimated_on(reference)
+    assert best is reference
+    assert len(seen) == 2 and all(a is b for a, b in zip(seen, batches, strict=False))
+    assert compared is batches[-1]
+    best, seen, _ = estimated_on(off)
+    assert len(seen) == 2 + 8
+    assert torch.equal(best[1].running_mean, reestimated_batchnorm(off, batches)[1].running_mean)
+
+
 def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
     batches = [torch.randn(8, 1, 9, 9) for _ in range(2)]

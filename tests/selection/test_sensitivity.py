@@ -113,6 +113,15 @@ def test_the_imitation_of_pruning_is_what_refitting_the_consumers_alone_gives(ne
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_losses_are_to_the_bit_those_of_prefixes_that_start_anew(method, net, batches, monkeypatch):
+    monkeypatch.setattr(sensitivity, "_INPUT_ELEMENTS", 1)  # Several batches, which take turns.
+    analysis = analyse(net, batches[0][:1], stage(method))
+    going_on = sensitivity_table(analysis, stage(method), TableSource(batches))
+    monkeypatch.setattr("compress_search.replay._KEPT_BYTES", -1)
+    assert sensitivity_table(analysis, stage(method), TableSource(batches)) == going_on
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_errors_fall_with_the_size(method, net, batches):
     analysis = analyse(net, batches[0][:1], stage(method))
     sizes = {unit.name: sensitivity.candidate_sizes(analysis, unit) for unit in analysis.units}
@@ -279,7 +288,7 @@ def test_a_stored_table_is_not_measured_again(net, batches, tmp_path, monkeypatc
     source = TableSource(batches, data="d", store=TableStore(Workspace(tmp_path)))
     analysis = analyse(net, batches[0][:1], stage("spatial_svd"))
     table = sensitivity_table(analysis, stage("spatial_svd"), source)
-    monkeypatch.setattr(sensitivity, "Prefix", None)
+    monkeypatch.setattr("compress_search.replay.Prefix", None)
     assert sensitivity_table(analysis, stage("spatial_svd"), source) == table
     # Another ratio, rounding or selection asks for the same table.
     other = Compress(method="spatial_svd", mac_ratio=0.8, round_to=2, selection="greedy", scoring_samples=48)
