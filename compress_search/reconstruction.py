@@ -40,7 +40,7 @@ Batches that do not fit start again from the input for the next refit: time in p
 """
 
 
-_KEPT_BYTES = 2**28
+_KEPT_BYTES = 2**26
 """What the inputs and outputs of a layer that are looked at again may take together. At high resolution that
 is few examples, but each has many rows."""
 

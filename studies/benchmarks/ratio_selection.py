@@ -38,6 +38,8 @@ BOTH = (Step("spatial_svd", 0.75), Step("channel_pruning", 0.66))
 """The guidebook's way to one half."""
 
 OPTIMAL = {"selection": "optimal"}
+MORE_IMAGES = {**OPTIMAL, "samples": 1_024, "scoring_samples": 256}
+"""Beside a rival that looks at 5,000 images or more."""
 
 AIMET_CASES = (
     Case("aimet-svd", AIMET, NETWORK, SVD),
@@ -50,8 +52,10 @@ LONG_CASES = (Case("aimet-pruning-50000", AIMET, NETWORK, PRUNING, {"reconstruct
 """What AIMET recommends; hours on a CPU."""
 
 OUR_CASES = tuple(
-    Case(f"ours-beside-{rival.name}", COMPRESS_SEARCH, NETWORK, rival.steps, OPTIMAL, rival=rival.name)
+    Case(f"ours-{name}beside-{rival.name}", COMPRESS_SEARCH, NETWORK, rival.steps, settings, rival=rival.name)
     for rival in (*AIMET_CASES, *LONG_CASES)
+    for name, settings in (("", OPTIMAL), ("more-images-", MORE_IMAGES))
+    if settings is OPTIMAL or rival.settings.get("reconstruction_samples", 0) > 500
 )
 OUR_TARGETS = tuple(
     Case(f"ours-{name}", COMPRESS_SEARCH, NETWORK, steps, OPTIMAL)
