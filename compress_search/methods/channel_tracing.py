@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch_pruning import DependencyGraph
 from torch_pruning.dependency import index_mapping
@@ -94,6 +95,38 @@ def trace_channels(
     if in_training:
         groups += _trace(model, example_input, _on_training_paths, first=len(groups))
     return groups
+
+
+def reason_of_lost_trace(model: nn.Module, example_input: Tensor) -> str:
+    """Say at which operation the way from some layers to the network's output is lost.
+
+    Args:
+        model: The model. It is not changed.
+        example_input: ``(batch, ...)``.
+    """
+    stops = _GradientStops()
+    with inference_mode_of(model), torch.enable_grad(), stops:
+        model(example_input.detach().clone().requires_grad_(example_input.is_floating_point()))
+    where = f"at {stops.operation}" if stops.operation else "somewhere"
+    return f"the trace of the model is lost {where} between it and the output"
+
+
+class _GradientStops(TorchFunctionMode):
+    """Finds the first operation that takes a tensor with a gradient and gives its values without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operation = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not self.operation and any(tensor.requires_grad for tensor in tensors):
+            cut = isinstance(result, Tensor) and result.is_floating_point() and not result.requires_grad
+            if cut or func.__name__ in ("item", "numpy", "tolist"):
+                # What is read off a tensor like an attribute: data.
+                self.operation = "data" if func.__name__ == "__get__" else func.__name__
+        return result
 
 
 def layers_of_training_alone(model: nn.Module, example_input: Tensor) -> frozenset[str]:

@@ -22,6 +22,7 @@ from compress_search.methods.channel_tracing import (
     TracedGroup,
     layers_of_training_alone,
     merged,
+    reason_of_lost_trace,
     trace_channels,
 )
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
@@ -129,6 +130,14 @@ def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection
             reasons |= {n: fault for n in made if isinstance(model.get_submodule(n), COUNTED_LAYERS)}
         else:
             working.append(group)
+    reached = {member.layer for group in working for member in group.members if member.side == "outputs"}
+    lost = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, COUNTED_LAYERS) and name not in reached | reasons.keys() | idle
+    ]
+    if lost:
+        reasons |= dict.fromkeys(lost, reason_of_lost_trace(model, example_input))
     position = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return Coupling(tuple(sorted(working, key=lambda g: position[g.name])), reasons)
 

@@ -152,6 +152,30 @@ def test_a_model_that_cannot_be_traced_says_why():
         find_coupling(Detached(), EXAMPLE)
 
 
+@pytest.mark.parametrize(
+    ("cut", "operation"),
+    [
+        (lambda y: y.detach(), "detach"),
+        (lambda y: y.data, "data"),
+        (lambda y: torch.tensor(y.tolist()), "tolist"),
+    ],
+)
+def test_layers_that_the_trace_does_not_reach_say_where_it_is_lost(cut, operation):
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 6, 1)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.c(torch.relu(cut(self.b(torch.relu(self.a(x)))))).mean((2, 3)))
+
+    coupling = find_coupling(Cut().eval(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["c"]
+    reason = f"the trace of the model is lost at {operation} between it and the output"
+    assert {name: coupling.reasons[name] for name in ("a", "b")} == {"a": reason, "b": reason}
+
+
 def test_the_model_is_not_changed():
     model = Add().train()
     model.one.weight.requires_grad_(False)
