@@ -80,7 +80,7 @@ def test_a_study_killed_at_random_moments_ends_as_the_undisturbed_one(start, tmp
         while process.poll() is None and count(stages) == before:
             time.sleep(0.01)
         try:
-            process.communicate(timeout=moments.uniform(0, 3))
+            process.communicate(timeout=moments.uniform(0, 1))
             break
         except subprocess.TimeoutExpired:
             process.send_signal(how)
