@@ -43,9 +43,9 @@ def write_when_there_is_room(
             if not told:
                 free = shutil.disk_usage(folder).free
                 say(
-                    f"The disk of {str(folder)!r} is full ({error.strerror}; {free / 1e6:.0f} MB free), so that "
-                    "a result cannot be stored. It is kept in memory: make room, and the work goes on by "
-                    f"itself (it is tried again every {_SECONDS:.0f} s). `compress-search cache prune` "
+                    f"The disk of {str(folder)!r} is full ({error.strerror}; {free / 1e6:.0f} MB left), so "
+                    "that a result cannot be stored. It is kept in memory: make room, and the work goes on "
+                    f"by itself (it is tried again every {_SECONDS:.0f} s). `compress-search cache prune` "
                     "removes what no trial needs."
                 )
                 told = True

@@ -92,7 +92,8 @@ class CheckpointFolder:
             The latest checkpoint, and the last end of an epoch; ``None`` for what there is none of.
         """
         step, epoch = self._read("step"), self._read("epoch")
-        latest = max((s for s in (step, epoch) if s is not None), key=lambda s: s.step, default=None)
+        # Of two at the same step, the end of the epoch is the one that was evaluated.
+        latest = max((s for s in (epoch, step) if s is not None), key=lambda s: s.step, default=None)
         return latest, epoch
 
     def remove(self) -> None:

@@ -8,8 +8,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -38,27 +36,6 @@ def state_of(model):
 def assert_same_state(model, state):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-
-
-# The learning rate
-
-
-def test_the_rate_rises_linearly_then_falls_as_a_cosine():
-    factors = [learning_rate_factor(step, 10, FineTune(warmup=0.2)) for step in range(10)]
-    assert factors[:3] == [1 / 3, 2 / 3, 1]
-    assert factors[6] == pytest.approx(0.5)
-    assert factors[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
-
-
-@given(steps=st.integers(1, 300), warmup=st.floats(0, 1, exclude_max=True))
-def test_the_rate_peaks_once_and_never_stands_still(steps, warmup):
-    factors = [learning_rate_factor(step, steps, FineTune(warmup=warmup)) for step in range(steps)]
-    peak = factors.index(1)
-    assert peak == min(round(warmup * steps), steps - 1)
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert len(set(factors[peak:])) == steps - peak
-    assert min(factors) > 0
 
 
 # One step
