@@ -245,7 +245,8 @@ def test_real_processes_killed_at_random_moments(tmp_path, how, times):
 
     undisturbed = start(tmp_path / "undisturbed")
     began = time.monotonic()
-    assert undisturbed.wait() == 0
+    undisturbed.communicate()
+    assert undisturbed.returncode == 0
     whole = time.monotonic() - began
     wanted = load_file(tmp_path / "undisturbed" / "done.safetensors")
     moments, kills = random.Random(times), 0
@@ -255,15 +256,17 @@ def test_real_processes_killed_at_random_moments(tmp_path, how, times):
         while not killed:
             process = start(folder)
             try:
-                process.wait(timeout=moments.uniform(0, whole))
+                process.communicate(timeout=moments.uniform(0, whole))
                 for file in folder.rglob("*"):
                     file.unlink() if file.is_file() else None
             except subprocess.TimeoutExpired:
                 process.send_signal(how)
-                killed = process.wait() != 0
+                process.communicate()
+                killed = process.returncode != 0
                 kills += killed
         process = start(folder)
-        assert process.wait() == 0
+        process.communicate()
+        assert process.returncode == 0
         found = load_file(folder / "done.safetensors")
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
