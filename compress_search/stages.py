@@ -43,6 +43,7 @@ _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
 """What of a runner's identity a sensitivity table depends on, beside the model itself."""
 
 AfterStage = Callable[[Stage, StageResult], None]
+AfterEpoch = Callable[[int], None]
 
 
 class StageRunner:
@@ -93,13 +94,20 @@ class StageRunner:
             key, "original", CompressionPlan(), self._original, started=time.monotonic()
         )
 
-    def run(self, recipe: Recipe, *, after_stage: AfterStage | None = None) -> tuple[StageResult, ...]:
+    def run(
+        self,
+        recipe: Recipe,
+        *,
+        after_stage: AfterStage | None = None,
+        after_epoch: AfterEpoch | None = None,
+    ) -> tuple[StageResult, ...]:
         """Run a recipe, reusing every stage that is stored.
 
         Args:
             recipe: What to do.
             after_stage: Called after each stage; what it raises ends the run. Stages that are finished
                 stay stored.
+            after_epoch: Called after each epoch of a fine-tuning stage with how many are done.
 
         Returns:
             One result a stage.
@@ -113,7 +121,7 @@ class StageRunner:
                 stored = self._store.find(key)
                 if stored is None:
                     model = self._store.model(before.key, self._original) if model is None else model
-                    result, model = self._compute(stage, key, before, model)
+                    result, model = self._compute(stage, key, before, model, after_epoch)
                 else:
                     # The model of a stored stage is read only if a later stage has to be computed.
                     result, model = dataclasses.replace(stored, reused=True), None
@@ -165,7 +173,12 @@ class StageRunner:
         }
 
     def _compute(
-        self, stage: Stage, key: str, before: StageResult, model: nn.Module
+        self,
+        stage: Stage,
+        key: str,
+        before: StageResult,
+        model: nn.Module,
+        after_epoch: AfterEpoch | None,
     ) -> tuple[StageResult, nn.Module]:
         started = time.monotonic()
         plan = self._store.plan(before.key)
@@ -177,7 +190,7 @@ class StageRunner:
             changed, plan = compressed.model, plan.then(compressed.step)
         else:
             changed = copy.deepcopy(model)
-            self._trainer.train(changed, self._original, stage, key)
+            self._trainer.train(changed, self._original, stage, key, after_epoch=after_epoch)
         result = self._finish(key, stage.name, plan, changed, started=started)
         self._trainer.forget(key)
         return result, changed
