@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import ratio, short_count
-from compress_search.reports.trials import param_names
-from compress_search.results import Candidate, ParetoFront
+from compress_search.results import Candidate, ParetoFront, format_param, param_names
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ def answer_facts(
     names = param_names([chosen])
     if names:
         facts.append(
-            AnswerFact("searched", " · ".join(f"{chosen.params[n]:.4g}" for n in names), " · ".join(names))
+            AnswerFact(
+                "searched", " · ".join(format_param(chosen.params[n]) for n in names), " · ".join(names)
+            )
         )
     return facts
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress_search.results import Candidate, ParetoFront, StageResult
+from compress_search.results import Candidate, ParetoFront, StageResult, param_names
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,6 @@ def stage_names(stages: Sequence[StageResult]) -> Iterator[str]:
         else:
             yield stage.name
             before = stage.name
-
-
-def param_names(candidates: Iterable[Candidate]) -> list[str]:
-    """Names of all search variables, in the order of columns (``c_ssvd`` before ``c_cp``)."""
-    return sorted({name for candidate in candidates for name in candidate.params}, reverse=True)
 
 
 def candidates_csv(front: ParetoFront) -> str:

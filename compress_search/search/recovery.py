@@ -136,7 +136,8 @@ def queue_retry(study: optuna.Study, trial: FrozenTrial) -> None:
         return
     kept = {ANCHOR: attributes[ANCHOR]} if ANCHOR in attributes else {}
     study.enqueue_trial(
-        trial.params,
+        # What was fixed for the trial and not asked for yet is fixed for its retry.
+        {**trial.system_attrs.get("fixed_params", {}), **trial.params},
         user_attrs={
             **kept,
             RETRY_OF: trial.number,

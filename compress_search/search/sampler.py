@@ -145,4 +145,8 @@ def _tidy(value: Any, distribution: BaseDistribution) -> Any:
     """Cut the noise of binary fractions: 0.63, not 0.6300000000000001."""
     if not isinstance(distribution, FloatDistribution):
         return value
+    if distribution.log:
+        # Of a number such as 1.5e-9, ten decimals would leave nothing.
+        value = float(f"{value:.{_DIGITS}g}")
+        return min(max(value, distribution.low), distribution.high)
     return min(max(round(value, _DIGITS), distribution.low), distribution.high)

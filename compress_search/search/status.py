@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.recipe import FineTune
-from compress_search.results import Candidate, Reference, StageResult
+from compress_search.results import Candidate, Reference, StageResult, format_param, param_names
 from compress_search.search.candidates import STATES
 from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials
 from compress_search.search.recovery import Worker
@@ -85,7 +85,9 @@ class StudyStatus:
     def _best_line(self) -> str:
         if self.best is None:
             return f"Best so far: none is feasible at the target {self.target:g}."
-        params = ", ".join(f"{name} {value:.4g}" for name, value in self.best.params.items())
+        params = ", ".join(
+            f"{name} {format_param(self.best.params[name])}" for name in param_names([self.best])
+        )
         return (
             f"Best so far: trial {self.best.number} ({params}), "
             f"accuracy {self._scale.accuracy(self.best.accuracy)}, drop {self._scale.drop(self.best.drop)}, "

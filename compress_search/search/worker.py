@@ -22,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 
 from compress_search.exceptions import RatioError, StudyError
 from compress_search.progress import Progress
+from compress_search.results import format_param
 from compress_search.search.history import REASON, TRACEBACK, WORKER, finished_trials
 from compress_search.search.recovery import (
     STOPPED,
@@ -177,7 +178,7 @@ def _run(
             study.tell(trial, values, state=state, skip_if_finished=True)
     except UpdateFinishedTrialError:
         return None
-    params = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
+    params = ", ".join(f"{name} {format_param(value)}" for name, value in trial.params.items())
     return f"trial {trial.number} ({params}) {state.name.lower()}: {note}", error
 
 

@@ -84,7 +84,7 @@ def test_the_spelt_out_settings_are_those_of_search_settings():
     spelt = inspect.signature(create_study).parameters
     for field in dataclasses.fields(SearchSettings):
         default = spelt[field.name].default
-        if field.name in ("fine_tune", "keep_channels", "shares"):
+        if field.name in ("fine_tune", "keep_channels", "shares", "variables"):
             assert default is None and field.default_factory() == {"fine_tune": FineTune()}.get(
                 field.name, {}
             )
