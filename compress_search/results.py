@@ -86,6 +86,7 @@ class Candidate:
         feasible: Whether it is complete and its ``mac_ratio`` lies in the target's band.
         seconds: Wall time of the trial, reused stages not counted.
         reason: Why it was pruned or failed.
+        finalist_of: Number of the trial whose model this one trained on for longer; ``None`` for others.
         folder: Where its plan and weights lie; ``None`` unless complete.
         build_model: Makes the original model, for :meth:`load_model`.
     """
@@ -100,6 +101,7 @@ class Candidate:
     feasible: bool = False
     seconds: float = 0.0
     reason: str | None = None
+    finalist_of: int | None = None
     folder: Path | None = None
     build_model: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
@@ -248,15 +250,17 @@ def pareto_optimal(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def format_candidates(candidates: Sequence[Candidate]) -> str:
     """Format complete candidates as a plain table.
 
-    One row a candidate: trial, each search variable, achieved ``mac_ratio``, validation accuracy and
-    drop (both in % where accuracies are shares), seconds.
+    One row a candidate: trial, the trial that it is a finalist of if there are finalists, each search variable,
+    achieved ``mac_ratio``, validation accuracy and drop (both in % where accuracies are shares), seconds.
     """
     names = param_names(candidates)
     scale = AccuracyScale.of(c.accuracy for c in candidates if c.accuracy is not None)
-    header = ["trial", *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
+    of = ["finalist of"] if any(c.finalist_of is not None for c in candidates) else []
+    header = ["trial", *of, *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
     rows = [
         [
             str(c.number),
+            *(["" if c.finalist_of is None else str(c.finalist_of)] if of else []),
             *(format_param(c.params[name]) if name in c.params else "" for name in names),
             f"{c.mac_ratio:.4f}",
             f"{scale.factor * (c.accuracy or 0):.2f}",

@@ -22,11 +22,15 @@ class AnswerFact:
 def summary_of(front: ParetoFront) -> str:
     """Say in one line what was asked for and how far the study is."""
     low, high = front.band
-    states = Counter(candidate.state for candidate in front.candidates)
+    searched = [candidate for candidate in front.candidates if candidate.finalist_of is None]
+    states = Counter(candidate.state for candidate in searched)
     counts = ", ".join(f"{number} {state}" for state, number in states.most_common())
-    feasible = sum(candidate.feasible for candidate in front.candidates)
-    trials = "1 trial" if len(front.candidates) == 1 else f"{len(front.candidates)} trials"
+    feasible = sum(candidate.feasible for candidate in searched)
+    trials = "1 trial" if len(searched) == 1 else f"{len(searched)} trials"
     found = f"{trials}: {counts}; {feasible} in the band." if states else "No trial yet."
+    finalists = Counter(c.state for c in front.candidates if c.finalist_of is not None)
+    if finalists:
+        found += f" Finalists: {', '.join(f'{number} {state}' for state, number in finalists.most_common())}."
     return f"Target mac_ratio {front.target:.4g}, band {low:.4g} to {high:.4g}. {found}"
 
 
@@ -69,6 +73,8 @@ def answer_facts(
                 f"of {short_count(reference.params)}, ratio {ratio(last.params / reference.params)}",
             ),
         ]
+    if chosen.finalist_of is not None:
+        facts.append(AnswerFact("finalist of", f"trial {chosen.finalist_of}", "trained on for longer"))
     names = param_names([chosen])
     if names:
         facts.append(

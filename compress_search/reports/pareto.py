@@ -165,6 +165,7 @@ def _point(candidate: Candidate, *, scale: AccuracyScale, on_front: bool) -> Par
     stages = candidate.stages
     reused = [stage.name for stage in stages if stage.reused]
     facts = [
+        ("finalist of", "" if candidate.finalist_of is None else f"trial {candidate.finalist_of}"),
         *((name, format_param(candidate.params[name])) for name in param_names([candidate])),
         ("mac_ratio", ratio(candidate.mac_ratio)),
         ("accuracy", scale.accuracy(candidate.accuracy)),
