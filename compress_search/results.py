@@ -250,8 +250,9 @@ def pareto_optimal(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def format_candidates(candidates: Sequence[Candidate]) -> str:
     """Format complete candidates as a plain table.
 
-    One row a candidate: trial, the trial that it is a finalist of if there are finalists, each search variable,
-    achieved ``mac_ratio``, validation accuracy and drop (both in % where accuracies are shares), seconds.
+    One row a candidate: trial, the trial that it is a finalist of (if there are finalists), each search
+    variable, achieved ``mac_ratio``, validation accuracy and drop (both in % where accuracies are shares),
+    seconds.
     """
     names = param_names(candidates)
     scale = AccuracyScale.of(c.accuracy for c in candidates if c.accuracy is not None)

@@ -26,7 +26,7 @@ from compress_search.search.finalists import (
     find_finalist,
     queue_finalists,
 )
-from compress_search.search.history import RECIPE, current_trials
+from compress_search.search.history import RECIPE, current_trials, pending_finalists
 from compress_search.search.identity import Identity
 from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
@@ -168,7 +168,8 @@ class CompressionStudy:
             for origin in origins
         }
         queue_finalists(self.optuna_study, recipes)
-        self._run(0, progress=progress)
+        if pending_finalists(self.optuna_study.get_trials(deepcopy=False)):
+            self._run(0, progress=progress)
         trials = self.optuna_study.get_trials(deepcopy=False)
         finalists = (find_finalist(trials, number, recipe) for number, recipe in recipes.items())
         return tuple(self._candidate(trial) for trial in finalists if trial is not None)
@@ -251,14 +252,8 @@ class CompressionStudy:
 
     def _run(self, n_trials: int, *, timeout: float | None = None, progress: Progress | None = None) -> None:
         assert self.task is not None
-        progress = progress or Progress()
-        runner = StageRunner(
-            self.task,
-            self.workspace.prepare(),
-            seed=self.settings.seed,
-            device=self.device,
-            progress=progress,
-        )
+        progress, place, seed = progress or Progress(), self.workspace.prepare(), self.settings.seed
+        runner = StageRunner(self.task, place, seed=seed, device=self.device, progress=progress)
         objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
         run_trials(self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress)
 

@@ -3,8 +3,8 @@
 A trial that was interrupted is failed and queued again as a new trial, its *retry*, which reuses the stages
 that were finished. So one proposal can have several trials, of which only the last counts.
 
-A *finalist* is a trial that trains what another one ended as for longer. It is no proposal of the sampler, and
-does not count towards the number of trials that was asked for.
+A *finalist* is a trial that trains what another one ended as for longer. It is no proposal of the sampler,
+and does not count towards the number of trials that was asked for.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def queue_retry(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def queue_finalist(study: optuna.Study, origin: FrozenTrial, user_attrs: dict[str, Any]) -> None:
-    """Queue a trial that has the parameters of another one from the start, because it is to choose nothing."""
+    """Queue a trial that has another one's parameters from the start, because it is to choose nothing."""
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,
