@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress_search.recipe import Compress, FineTune, Recipe
     from compress_search.results import Candidate, ParetoFront
     from compress_search.search.study import CompressionStudy, create_study, load_study
+    from compress_search.search.variables import Choice, Range
     from compress_search.selection.table import SensitivityTable
     from compress_search.task import Task, accuracy
 
@@ -39,6 +40,8 @@ _HOMES = {
     "CompressionStudy": "search.study",
     "create_study": "search.study",
     "load_study": "search.study",
+    "Choice": "search.variables",
+    "Range": "search.variables",
     "SensitivityTable": "selection.table",
     "Task": "task",
     "accuracy": "task",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Candidate",
+    "Choice",
     "Compress",
     "CompressSearchError",
     "CompressionPlan",
@@ -53,6 +57,7 @@ __all__ = [
     "FineTune",
     "ModelProfile",
     "ParetoFront",
+    "Range",
     "Recipe",
     "SensitivityTable",
     "Task",

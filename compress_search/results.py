@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,14 @@ class Candidate:
         feasible: Whether it is complete and its ``mac_ratio`` lies in the target's band.
         seconds: Wall time of the trial, reused stages not counted.
         reason: Why it was pruned or failed.
+        finalist_of: Number of the trial whose model this one trained on for longer; ``None`` for others.
         folder: Where its plan and weights lie; ``None`` unless complete.
         build_model: Makes the original model, for :meth:`load_model`.
     """
 
     number: int
     state: str
-    params: Mapping[str, float]
+    params: Mapping[str, float | int | str]
     stages: tuple[StageResult, ...] = ()
     accuracy: float | None = None
     mac_ratio: float | None = None
@@ -100,6 +101,7 @@ class Candidate:
     feasible: bool = False
     seconds: float = 0.0
     reason: str | None = None
+    finalist_of: int | None = None
     folder: Path | None = None
     build_model: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
@@ -248,16 +250,19 @@ def pareto_optimal(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def format_candidates(candidates: Sequence[Candidate]) -> str:
     """Format complete candidates as a plain table.
 
-    One row a candidate: trial, each search variable, achieved ``mac_ratio``, validation accuracy and
-    drop (both in % where accuracies are shares), seconds.
+    One row a candidate: trial, the trial that it is a finalist of (if there are finalists), each search
+    variable, achieved ``mac_ratio``, validation accuracy and drop (both in % where accuracies are shares),
+    seconds.
     """
-    names = sorted({name for candidate in candidates for name in candidate.params}, reverse=True)
+    names = param_names(candidates)
     scale = AccuracyScale.of(c.accuracy for c in candidates if c.accuracy is not None)
-    header = ["trial", *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
+    of = ["finalist of"] if any(c.finalist_of is not None for c in candidates) else []
+    header = ["trial", *of, *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
     rows = [
         [
             str(c.number),
-            *(f"{c.params[name]:.4g}" if name in c.params else "" for name in names),
+            *(["" if c.finalist_of is None else str(c.finalist_of)] if of else []),
+            *(format_param(c.params[name]) if name in c.params else "" for name in names),
             f"{c.mac_ratio:.4f}",
             f"{scale.factor * (c.accuracy or 0):.2f}",
             f"{scale.factor * (c.drop or 0):+.2f}",
@@ -271,6 +276,18 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         for row in [header, *rows]
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def param_names(candidates: Iterable[Candidate]) -> list[str]:
+    """Names of all search variables in the order of columns: ratios as they are applied, then settings."""
+    names = sorted({name for candidate in candidates for name in candidate.params})
+    ratios = [name for name in names if name.startswith("c_")]
+    return [*reversed(ratios), *(name for name in names if name not in ratios)]
+
+
+def format_param(value: float | int | str) -> str:
+    """Write the value of a search variable for people: four digits of a fraction, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _by_macs_then_accuracy(candidate: Candidate) -> tuple[float, float, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -35,6 +36,17 @@ def candidate(number, accuracy, mac_ratio, *, feasible=True, **changes):
         feasible=feasible,
         **changes,
     )
+
+
+def test_a_table_writes_settings_of_any_type_after_the_ratios():
+    params = {"selection": "uniform", "c_ssvd": 0.75, "fine_tune.epochs": 12345, "c_cp": 2 / 3}
+    table = format_candidates(
+        [candidate(0, 0.9, 0.5), dataclasses.replace(candidate(1, 0.9, 0.5), params=params)]
+    )
+    header, _, plain, mixed = (line.split() for line in table.splitlines())
+    assert header[:5] == ["trial", "c_ssvd", "c_cp", "fine_tune.epochs", "selection"]
+    assert mixed[:5] == ["1", "0.75", "0.6667", "12345", "uniform"]
+    assert plain[:3] == ["0", "0.75", "0.6667"] and len(plain) == len(mixed) - 2
 
 
 def front(*candidates):

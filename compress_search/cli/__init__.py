@@ -12,10 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from compress_search import __version__
-from compress_search.cli import configs, dashboard, export, report, resume, run, status, validate
+from compress_search.cli import (
+    configs,
+    dashboard,
+    export,
+    finalize,
+    report,
+    resume,
+    run,
+    status,
+    validate,
+)
 from compress_search.exceptions import CompressSearchError
 
-COMMANDS = (run, resume, status, report, dashboard, export, configs, validate)
+COMMANDS = (run, resume, finalize, status, report, dashboard, export, configs, validate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,9 @@ import optuna
 from compress_search.methods import METHODS
 from compress_search.recipe import Compress, Recipe, Stage
 from compress_search.results import Reference, StageResult
-from compress_search.search.history import STAGES
+from compress_search.search.history import RECIPE, STAGES, is_finalist
 from compress_search.search.settings import SearchSettings
-from compress_search.search.space import propose
+from compress_search.search.space import Proposal, propose
 
 METRICS = ("accuracy", "mac_ratio")
 CONSTRAINT = "mac_ratio"
@@ -33,7 +33,7 @@ class Runner(Protocol):
 def run_trial(
     trial: optuna.Trial, *, settings: SearchSettings, runner: Runner, reference: Reference
 ) -> tuple[float, float]:
-    """Compress, fine-tune and judge one candidate.
+    """Compress, fine-tune and judge one candidate, or train a finalist on.
 
     What is finished is written into the trial's user attributes after every stage, so that a trial that is
     running or was killed tells how far it is.
@@ -51,8 +51,12 @@ def run_trial(
         optuna.TrialPruned: The accuracy after the first method is too low to go on.
         RatioError: A ratio cannot be reached.
     """
-    proposal = propose(trial, settings, runner.achieved_ratio)
-    trial.set_user_attr("recipe", proposal.recipe.to_dict())
+    if is_finalist(trial):
+        # Its origin has passed the gate.
+        proposal = Proposal(Recipe.from_dict(trial.user_attrs[RECIPE]), gate_after=None)
+    else:
+        proposal = propose(trial, settings, runner.achieved_ratio)
+        trial.set_user_attr(RECIPE, proposal.recipe.to_dict())
     finished: list[StageResult] = []
 
     def after_stage(_: Stage, result: StageResult) -> None:

@@ -13,18 +13,21 @@ import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from compress_search.search.history import (
     ANCHOR,
     DUPLICATE_OF,
+    FINALIST_OF,
     INTERRUPTED,
     REASON,
+    RECIPE,
     RETRIES,
     RETRY_OF,
     STAGES,
     STAGES_BEFORE,
     WORKER,
+    is_finalist,
 )
 from compress_search.search.storage import GRACE_SECONDS
 
@@ -134,15 +137,31 @@ def queue_retry(study: optuna.Study, trial: FrozenTrial) -> None:
     retries = _retries_after(attributes, attributes.get(INTERRUPTED))
     if retries > MOST_RETRIES:
         return
+    retry = {
+        RETRY_OF: trial.number,
+        RETRIES: retries,
+        STAGES_BEFORE: len(attributes.get(STAGES, ())),
+    }
+    if is_finalist(trial):
+        queue_finalist(study, trial, {name: attributes[name] for name in (FINALIST_OF, RECIPE)} | retry)
+        return
     kept = {ANCHOR: attributes[ANCHOR]} if ANCHOR in attributes else {}
     study.enqueue_trial(
-        trial.params,
-        user_attrs={
-            **kept,
-            RETRY_OF: trial.number,
-            RETRIES: retries,
-            STAGES_BEFORE: len(attributes.get(STAGES, ())),
-        },
+        # What was fixed for the trial and not asked for yet is fixed for its retry.
+        {**trial.system_attrs.get("fixed_params", {}), **trial.params},
+        user_attrs=kept | retry,
+    )
+
+
+def queue_finalist(study: optuna.Study, origin: FrozenTrial, user_attrs: dict[str, Any]) -> None:
+    """Queue a trial that has another one's parameters from the start, because it is to choose nothing."""
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            params=origin.params,
+            distributions=origin.distributions,
+            user_attrs=user_attrs,
+        )
     )
 
 

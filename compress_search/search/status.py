@@ -11,9 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.recipe import FineTune
-from compress_search.results import Candidate, Reference, StageResult
+from compress_search.results import Candidate, Reference, StageResult, format_param, param_names
 from compress_search.search.candidates import STATES
-from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials
+from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials, is_finalist
 from compress_search.search.recovery import Worker
 
 
@@ -26,7 +26,8 @@ class StudyStatus:
         target: The wanted ``mac_ratio``.
         reference: The original model.
         wanted: Total number of finished trials that was last asked for; ``None`` if it never ran.
-        counts: Number of trials by state. Those that a retry stands in for are not counted.
+        counts: Number of trials by state. Those that a retry stands in for are not counted, nor finalists.
+        finalists: Number of finalists by state.
         running: Per running trial, its number and its finished stages.
         abandoned: The numbers of those whose process ran on this machine and is gone.
         best: The most accurate feasible candidate so far, if there is one.
@@ -41,6 +42,7 @@ class StudyStatus:
     reference: Reference
     wanted: int | None
     counts: Mapping[str, int]
+    finalists: Mapping[str, int]
     running: Mapping[int, tuple[str, ...]]
     abandoned: tuple[int, ...]
     best: Candidate | None
@@ -61,6 +63,8 @@ class StudyStatus:
             f"Study {self.name!r}: {self.finished}{wanted} trials finished ({states or 'none yet'}).",
             f"Interrupted and run again: {self.n_interrupted}.",
         ]
+        if self.finalists:
+            lines.append(f"Finalists: {', '.join(f'{n} {state}' for state, n in self.finalists.items())}.")
         for number, stages in self.running.items():
             how = (
                 "Abandoned (its process is gone; resume runs it again)"
@@ -85,7 +89,9 @@ class StudyStatus:
     def _best_line(self) -> str:
         if self.best is None:
             return f"Best so far: none is feasible at the target {self.target:g}."
-        params = ", ".join(f"{name} {value:.4g}" for name, value in self.best.params.items())
+        params = ", ".join(
+            f"{name} {format_param(self.best.params[name])}" for name in param_names([self.best])
+        )
         return (
             f"Best so far: trial {self.best.number} ({params}), "
             f"accuracy {self._scale.accuracy(self.best.accuracy)}, drop {self._scale.drop(self.best.drop)}, "
@@ -114,7 +120,7 @@ def status_of(
     """
     current = current_trials(trials)
     running = [trial for trial in current if trial.state == TrialState.RUNNING]
-    counted = Counter(STATES[trial.state] for trial in current)
+    counted = Counter(STATES[trial.state] for trial in current if not is_finalist(trial))
     # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
     stages = [named for trial in trials for named in _named(_stages_of(trial))]
     seconds: dict[str, float] = {}
@@ -128,6 +134,7 @@ def status_of(
         reference=reference,
         wanted=wanted,
         counts={state: counted[state] for state in STATES.values()},
+        finalists=Counter(STATES[trial.state] for trial in current if is_finalist(trial)),
         running={trial.number: tuple(label for label, _ in _named(_stages_of(trial))) for trial in running},
         abandoned=tuple(
             trial.number

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
 import io
+import json
 import logging
 from functools import partial
 
@@ -31,6 +33,7 @@ from compress_search.search.recovery import Worker
 from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.study import create_study, load_study
+from compress_search.search.variables import Choice, Range
 from compress_search.workspace import Workspace
 
 QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}
@@ -84,7 +87,7 @@ def test_the_spelt_out_settings_are_those_of_search_settings():
     spelt = inspect.signature(create_study).parameters
     for field in dataclasses.fields(SearchSettings):
         default = spelt[field.name].default
-        if field.name in ("fine_tune", "keep_channels", "shares"):
+        if field.name in ("fine_tune", "keep_channels", "shares", "variables"):
             assert default is None and field.default_factory() == {"fine_tune": FineTune()}.get(
                 field.name, {}
             )
@@ -209,6 +212,12 @@ def test_report_and_export_lie_in_the_studys_folder(finished):
         ({"round_to": 2}, "round_to", "1", "2"),
         ({"ignore": ("0",)}, "ignore", "[]", "['0']"),
         ({"keep_channels": {"0": (1,)}}, "keep_channels.0", "'nothing'", "[1]"),
+        (
+            {"variables": {"fine_tune.lr": Range(0.1, 1.0)}},
+            "variables.fine_tune.lr",
+            "'nothing'",
+            "{'low': 0.1, 'high': 1.0,",
+        ),
         ({"per_layer_fine_tune": FineTune()}, "per_layer_fine_tune", "None", "{'epochs': 10,"),
     ],
 )
@@ -276,6 +285,33 @@ def test_training_after_each_layer_leaves_the_stages_of_a_trial_as_they_are(crea
     # Beside them there is the original.
     assert len([*study.workspace.stages.iterdir()]) == len(keys) + 1
     assert study.report(complete[0]).page.is_file()
+
+
+def test_a_study_with_variables_goes_from_a_task_to_its_report(create, tmp_path):
+    variables = {
+        "fine_tune.lr": Range(1e-3, 1e-1, log=True),
+        "fine_tune.epochs": Range(1, 2),
+        "selection": Choice(("optimal", "uniform")),
+    }
+    study = optimize(create(variables=variables), 6)
+    for trial in study.optuna_study.trials:
+        assert set(trial.params) == {"c_ssvd", "c_cp", *variables}
+        stages = Recipe.from_dict(trial.user_attrs["recipe"]).stages
+        tuned = [stage for stage in stages if isinstance(stage, FineTune)]
+        wanted = FineTune(epochs=trial.params["fine_tune.epochs"], lr=trial.params["fine_tune.lr"])
+        assert set(tuned) == {wanted}
+        chosen = {stage.selection for stage in stages if not isinstance(stage, FineTune)}
+        assert chosen == {trial.params["selection"]}
+    best = study.best()
+    files = study.report(best)
+    page = files.page.read_text(encoding="utf-8")
+    assert f"{best.params['fine_tune.lr']:.4g}" in page and "variables.fine_tune.lr.low" in page
+    rows = list(csv.DictReader(io.StringIO(files.table.read_text(encoding="utf-8"))))
+    assert [row["param_selection"] for row in rows] == [c.params["selection"] for c in study.candidates()]
+    assert f"selection {best.params['selection']}" in str(study.status())
+    assert load_study("first", workspace=tmp_path).settings == study.settings
+    exported = json.loads((study.export(best).folder / "candidate.json").read_text())
+    assert exported["search_params"] == best.params
 
 
 @pytest.mark.parametrize("directions", [["minimize", "minimize"], ["maximize"]])
