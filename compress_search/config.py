@@ -180,7 +180,8 @@ def _gather_variables(values: dict[str, Any]) -> list[str]:
         tuning = values.get(group)
         if not isinstance(tuning, dict):
             continue
-        for key in [key for key, value in tuning.items() if isinstance(value, dict)]:
+        # The options of a training function are a mapping of their own; what it holds is not looked at.
+        for key in [key for key, value in tuning.items() if isinstance(value, dict) and key != "options"]:
             found[f"{group}.{key}"] = tuning.pop(key)
         if not tuning:
             # Then no value of its own is left, and the rest is as if it had not been mentioned.

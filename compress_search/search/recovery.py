@@ -18,6 +18,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from compress_search.search.history import (
     ANCHOR,
     DUPLICATE_OF,
+    EPOCHS,
+    EPOCHS_BEFORE,
     FINALIST_OF,
     INTERRUPTED,
     REASON,
@@ -34,7 +36,7 @@ from compress_search.search.storage import GRACE_SECONDS
 logger = logging.getLogger("compress_search")
 
 MOST_RETRIES = 3
-"""A trial whose process died this often in a row, at the same stage, is left failed."""
+"""A trial whose process died this often in a row, with no stage or epoch more, is left failed."""
 
 DIED, STOPPED = "died", "stopped"
 
@@ -120,7 +122,7 @@ def interrupt(study: optuna.Study, trial: FrozenTrial, how: str, reason: str) ->
     storage = study._storage
     attributes = storage.get_trial(trial._trial_id).user_attrs
     if _retries_after(attributes, how) > MOST_RETRIES:
-        reason += f"; so did {MOST_RETRIES} retries at the same stage, so that it is not tried again"
+        reason += f"; so did {MOST_RETRIES} retries without an epoch more, so that it is not tried again"
     try:
         storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, how)
         storage.set_trial_user_attr(trial._trial_id, REASON, f"interrupted: {reason}")
@@ -137,11 +139,8 @@ def queue_retry(study: optuna.Study, trial: FrozenTrial) -> None:
     retries = _retries_after(attributes, attributes.get(INTERRUPTED))
     if retries > MOST_RETRIES:
         return
-    retry = {
-        RETRY_OF: trial.number,
-        RETRIES: retries,
-        STAGES_BEFORE: len(attributes.get(STAGES, ())),
-    }
+    stages, epochs = max(_done(attributes), _done_before(attributes))
+    retry = {RETRY_OF: trial.number, RETRIES: retries, STAGES_BEFORE: stages, EPOCHS_BEFORE: epochs}
     if is_finalist(trial):
         queue_finalist(study, trial, {name: attributes[name] for name in (FINALIST_OF, RECIPE)} | retry)
         return
@@ -166,12 +165,20 @@ def queue_finalist(study: optuna.Study, origin: FrozenTrial, user_attrs: dict[st
 
 
 def _retries_after(attributes: Mapping[str, Any], how: str | None) -> int:
-    """How many retries in a row have died, the next one included, without finishing a stage more."""
+    """How many retries in a row have died, the next one included, without a stage or an epoch more."""
     retries: int = attributes.get(RETRIES, 0)
     if how != DIED:
         return retries
-    went_on = len(attributes.get(STAGES, ())) > attributes.get(STAGES_BEFORE, -1)
-    return 1 if went_on else retries + 1
+    return 1 if _done(attributes) > _done_before(attributes) else retries + 1
+
+
+def _done(attributes: Mapping[str, Any]) -> tuple[int, int]:
+    """How many stages a trial has finished, and how many epochs of the next one."""
+    return len(attributes.get(STAGES, ())), attributes.get(EPOCHS, 0)
+
+
+def _done_before(attributes: Mapping[str, Any]) -> tuple[int, int]:
+    return attributes.get(STAGES_BEFORE, -1), attributes.get(EPOCHS_BEFORE, 0)
 
 
 def drop_if_duplicate(study: optuna.Study, trial: optuna.Trial) -> bool:

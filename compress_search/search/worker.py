@@ -24,6 +24,7 @@ from compress_search.progress import Progress
 from compress_search.results import format_param
 from compress_search.search.history import (
     REASON,
+    RETRY_OF,
     TRACEBACK,
     WORKER,
     finished_trials,
@@ -92,6 +93,10 @@ def run_trials(
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.user_attrs.get(WORKER) == this:
                 interrupt(study, trial, STOPPED, "the search was stopped")
+                progress.say(
+                    f"Stopped. Nothing that is finished is lost, and trial {trial.number} goes on where it "
+                    "was when the study is run again."
+                )
         raise
 
 
@@ -147,7 +152,8 @@ def _claim(study: optuna.Study, *, only_finalists: bool) -> optuna.Trial | None:
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if only_finalists:
             waiting = pending_finalists(waiting)
-        for trial in waiting:
+        # What was interrupted goes on first.
+        for trial in sorted(waiting, key=lambda t: (RETRY_OF not in t.user_attrs, t.number)):
             storage.record_heartbeat(trial._trial_id)
             try:
                 mine = storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)

@@ -34,7 +34,7 @@ class FakeRunner:
     def achieved_ratio(self, stages):
         return self._macs(stages) / REFERENCE.macs
 
-    def run(self, recipe, *, after_stage=None):
+    def run(self, recipe, *, after_stage=None, after_epoch=None):
         results = []
         key, accuracy = "original", REFERENCE.accuracy
         for position, stage in enumerate(recipe.stages):

@@ -54,7 +54,7 @@ def stages_of(params, **settings):
 
 
 def test_every_scalar_setting_of_stages_and_fine_tunings_can_be_searched():
-    of_tuning = [item.name for item in dataclasses.fields(FineTune)]
+    of_tuning = {item.name for item in dataclasses.fields(FineTune)} - {"milestones", "options"}
     own = {"selection", "least_share", "samples", "sensitivity", "scoring_samples", "probes", "on_cell_error"}
     expected = own | {"round_to"} | {f"{g}.{n}" for g in ("fine_tune", "final_fine_tune") for n in of_tuning}
     assert set(searchable()) == expected
@@ -294,7 +294,8 @@ def test_anchors_record_the_plain_values(study_in_memory, make_settings, objecti
         }
         assert trial.user_attrs[ANCHOR]
         recipe = Recipe.from_dict(trial.user_attrs["recipe"])
-        assert {s for s in recipe.stages if isinstance(s, FineTune)} == {FineTune(epochs=5, temperature=2.0)}
+        tunings = [stage for stage in recipe.stages if isinstance(stage, FineTune)]
+        assert tunings == [FineTune(epochs=5, temperature=2.0)] * len(tunings) != []
 
 
 def test_an_anchor_that_is_run_again_keeps_the_values_it_had_not_come_to(study_in_memory, make_settings):

@@ -248,7 +248,7 @@ def test_a_trial_that_kills_its_process_again_and_again_is_left_failed(new_study
     study = new_study()
     search(study, objective(runner), 2)
     assert states(study) == ["FAIL"] * (MOST_RETRIES + 1) + ["COMPLETE"]
-    assert "so did 3 retries at the same stage" in study.trials[MOST_RETRIES].user_attrs["reason"]
+    assert "so did 3 retries without an epoch more" in study.trials[MOST_RETRIES].user_attrs["reason"]
     assert len(finished_trials(study.trials)) == 2
 
 
