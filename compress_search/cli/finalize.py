@@ -31,9 +31,15 @@ def main(args: argparse.Namespace) -> int:
     """Train the finalists."""
     config = find_study(args).config()
     from compress_search.cli.session import work_and_answer
+    from compress_search.results import format_candidates
 
     def train(study: CompressionStudy, progress: Progress) -> None:
         seconds = config.checkpoint_seconds
-        study.finalize(args.top, args.epochs, checkpoint_seconds=seconds, progress=progress)
+        finalists = study.finalize(args.top, args.epochs, checkpoint_seconds=seconds, progress=progress)
+        complete = [finalist for finalist in finalists if finalist.state == "complete"]
+        print(f"Finalists:\n{format_candidates(complete)}\n")
+        for other in finalists:
+            if other not in complete:
+                print(f"Trial {other.number}, a finalist of trial {other.finalist_of}: {other.reason}\n")
 
     return work_and_answer(config, train)

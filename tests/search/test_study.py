@@ -153,6 +153,18 @@ def test_a_study_opened_without_its_task_can_be_looked_at_only(finished):
         load_study("toy", workspace=folder).test(dataclasses.replace(untested, number=99))
 
 
+def test_what_the_task_cannot_be_trained_by_is_refused_before_anything_is_stored(create, tmp_path):
+    with pytest.raises(TaskError, match="cannot be fine-tuned"):
+        create(fine_tune=FineTune(epochs=1, options={"a": 1}))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_checkpoints_have_to_be_some_time_apart(finished, seconds):
+    study, *_ = finished
+    with pytest.raises(StudyError, match="checkpoint_seconds is"):
+        study.optimize(99, checkpoint_seconds=seconds)
+
+
 def test_the_status_adds_up(finished):
     study, *_ = finished
     status = study.status()
