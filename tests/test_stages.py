@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
 import logging
+import os
 
 import pytest
 import torch
 from torch import nn
 
+from compress_search import disk_space
 from compress_search.checkpoint import load_weights
 from compress_search.exceptions import PlanError
 from compress_search.fingerprint import model_fingerprint
@@ -82,6 +86,31 @@ def test_finished_stages_are_reused_by_any_later_run(runner):
     assert [dataclasses.replace(result, reused=False) for result in again] == list(first)
     other_end = Recipe((*RECIPE.stages[:3], FineTune(epochs=1, lr=0.05)))
     assert [result.reused for result in runner().run(other_end)] == [True, True, True, False]
+
+
+def test_a_full_disk_is_waited_out(runner, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="compress_search")
+    recipe = Recipe((*RECIPE.stages[:2], dataclasses.replace(RECIPE.stages[2], selection="optimal")))
+    undisturbed = runner("undisturbed").run(recipe)
+    fsync, calls = os.fsync, itertools.count()
+
+    def full_at_times(descriptor):
+        if next(calls) in (1, 9, 25, 50, 80, 120):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_times)
+    monkeypatch.setattr(disk_space, "_SECONDS", 0.0)
+    found = runner("full").run(recipe)
+    assert next(calls) > 25
+    assert caplog.text.count("No space left on device") == caplog.text.count("There is room") > 1
+    for one, other in zip(undisturbed, found, strict=True):
+        assert (one.key, one.accuracy) == (other.key, other.accuracy)
+        weights = [
+            (tmp_path / folder / "stages" / one.key / "weights.safetensors").read_bytes()
+            for folder in ("undisturbed", "full")
+        ]
+        assert weights[0] == weights[1]
 
 
 def test_a_rerun_elsewhere_gives_the_same_bits(runner, tmp_path):
