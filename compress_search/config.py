@@ -27,6 +27,7 @@ from compress_search.search.storage import parse_url
 from compress_search.search.study import check_name, choose_device
 from compress_search.task import Task
 from compress_search.task_path import load_task, resolve_task_path
+from compress_search.training.trainer import CHECKPOINT_SECONDS
 from compress_search.workspace import default_workspace, write_text_atomically
 from compress_search.yaml_settings import apply_overrides, build, parse_yaml, unknown_keys
 
@@ -53,6 +54,7 @@ class StudyConfig:
         workspace: Folder of the results, relative to the current one; by default
             ``$COMPRESS_SEARCH_WORKSPACE``, else ``runs``.
         storage: URL of the database of the study; ``None`` is a SQLite file in the workspace.
+        checkpoint_seconds: A fine-tuning leaves a checkpoint so often, and after each epoch.
         device: Where to compute, for example ``"cpu"`` or ``"cuda:1"``; ``None`` takes the first GPU
             if there is one.
     """
@@ -65,12 +67,15 @@ class StudyConfig:
     max_drop: float | None = None
     workspace: Path = field(default_factory=default_workspace)
     storage: str | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
     device: str | None = None
 
     def __post_init__(self) -> None:
         faults = [*_faults_of(check_name, self.name), *_faults_of(choose_device, self.device)]
         if self.n_trials < 1:
             faults.append(f"n_trials is {self.n_trials!r}; it must be 1 or more.")
+        if not 0 < self.checkpoint_seconds < math.inf:
+            faults.append(f"checkpoint_seconds is {self.checkpoint_seconds!r}; it must be positive.")
         if self.max_drop is not None and not math.isfinite(self.max_drop):
             faults.append(f"max_drop is {self.max_drop!r}; it must be a number (0.01 is one point), or null.")
         if faults:

@@ -24,8 +24,7 @@ from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.results import StageResult
 from compress_search.stage_store import StageStore
-from compress_search.task import Task
-from compress_search.training.fine_tuning import fine_tune
+from compress_search.training.trainer import Trainer
 
 _KEPT = 2
 """How many layers' results lie in the store: should the last be damaged, the one before it is still there."""
@@ -55,11 +54,11 @@ class LayerByLayer:
     """One stage that compresses layer by layer.
 
     Attributes:
-        task: Gives the data to train on.
         original: The model that the plan begins with, which also teaches. It is not changed.
         example_input: ``(batch, ...)``.
         store: Where layers' results lie meanwhile.
         progress: Where to show the layers.
+        trainer: Trains after each layer.
         analysis: The method's view of the model that the stage gets.
         sizes: Sizes by unit name.
         plan: What was done before the stage.
@@ -67,11 +66,11 @@ class LayerByLayer:
         key: Of the stage: the hash of everything that makes it.
     """
 
-    task: Task
     original: nn.Module
     example_input: Tensor
     store: StageStore
     progress: Progress
+    trainer: Trainer
     analysis: Analysis
     sizes: Sizes
     plan: CompressionPlan
@@ -101,18 +100,12 @@ class LayerByLayer:
                 if number:
                     view = view.after(Compressed(tuned.model, tuned.step), self.example_input)
                 compressed = apply(view, {name: size}, batches)
-                accuracy = fine_tune(
-                    compressed.model,
-                    self.original,
-                    self.task,
-                    settings,
-                    seed=int(keys[number][:8], 16),
-                    progress=self.progress,
-                )
+                accuracy = self.trainer.train(compressed.model, self.original, settings, keys[number])
                 step = self._step((*tuned.step.edits, *compressed.step.edits), done=number + 1)
                 seconds = tuned.seconds_before + time.monotonic() - started
                 tuned = Tuned(compressed.model, step, accuracy, seconds, tuned.seconds_before)
                 self._save(keys[number], f"{self.method} of {name}", tuned)
+                self.trainer.forget(keys[number])
                 for old in keys[: max(0, number + 1 - _KEPT)]:
                     self.store.remove(old)
                 advance(f"{name} at size {size}, accuracy {accuracy:.4f}")

@@ -42,6 +42,18 @@ def in_quickest_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tens
     return [_channels_last(batch) if batch.ndim == 4 else batch for batch in unchanged]
 
 
+def takes_channels_last(model: nn.Module, example: Tensor) -> bool:
+    """Whether a model convolves images, and gives the same outputs where their channels are last.
+
+    Args:
+        model: The model. It is not changed.
+        example: ``(batch, ...)``, on the model's device.
+    """
+    if example.ndim != 4 or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return False
+    return _is_indifferent(model, torch.cat([example[:1], example[:1]]))
+
+
 def _is_indifferent(model: nn.Module, example: Tensor) -> bool:
     """Whether the model gives the same whichever layout its input has."""
     with inference_mode_of(model):

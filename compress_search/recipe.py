@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from compress_search.exceptions import ConfigError, RatioError
 COSTS = ("macs", "params")
 SENSITIVITIES = ("divergence", "score")
 ON_CELL_ERROR = ("stop", "skip")
+OPTIMISERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "one_cycle", "multi_step")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,46 +83,63 @@ class Compress:
 class FineTune:
     """A stage that trains the model on.
 
-    Stochastic gradient descent with Nesterov momentum and a cosine schedule after a linear warm-up,
-    with knowledge distillation from the original model (Hinton et al. 2015).
+    By default: stochastic gradient descent with Nesterov momentum and a cosine schedule after a linear
+    warm-up, with knowledge distillation from the original model (Hinton et al. 2015).
 
     Attributes:
         epochs: Number of passes over the training data; 0 skips the stage.
         lr: Highest learning rate.
-        momentum: Nesterov momentum.
+        optimiser: ``"sgd"`` (with Nesterov momentum) or ``"adamw"`` (Loshchilov & Hutter 2019).
+        momentum: Nesterov momentum; with ``"adamw"`` the first of its two betas.
         weight_decay: L2 penalty; not applied to biases and batch normalisation.
-        warmup: Share of all steps in which the learning rate rises linearly, in [0, 1).
-        distillation: Weight of the distillation loss in [0, 1]; the task's loss has the rest.
+        schedule: ``"cosine"``, ``"one_cycle"`` or ``"multi_step"``; see
+            :mod:`compress_search.training.schedules`.
+        warmup: Share of all steps in which the learning rate rises, in [0, 1).
+        milestones: For ``"multi_step"``: shares of all steps, each in (0, 1), after which the rate falls.
+        gamma: For ``"multi_step"``: what the rate is multiplied by at each milestone, in (0, 1).
+        distillation: Weight of the distillation loss in [0, 1]; the task's loss has the rest. With 1 the
+            training data needs no labels.
         temperature: Softening of both distributions in the distillation loss.
-        gradient_clip: Largest norm of the gradient.
+        label_smoothing: Share of each label that is spread over all classes, in [0, 1); for a task whose
+            loss is ``torch.nn.CrossEntropyLoss``.
+        gradient_clip: Largest norm of the gradient; ``None`` for any.
+        ema: Decay of an exponential moving average of the weights, in [0, 1), which is then evaluated and
+            kept in place of the weights themselves; 0 for none. 0.999 is usual.
+        freeze_batch_norm: Whether batch normalisation keeps its running statistics as they are, and uses
+            them in training too.
+        precision: ``"float32"``; ``"bfloat16"`` or ``"float16"`` for automatic mixed precision; ``"auto"``
+            is mixed precision on a GPU (bfloat16 where it has that) and float32 elsewhere.
+        channels_last: Whether images are laid out with their channels last, if the model gives the same
+            outputs on them. It is quicker, on CPUs as on GPUs.
+        compile: Whether the model is compiled by ``torch.compile``.
+        options: For a task with a training function of its own: whatever that wants to know, JSON-able.
     """
 
     epochs: int = 10
     lr: float = 0.02
+    optimiser: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    schedule: str = "cosine"
     warmup: float = 0.1
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
     distillation: float = 0.7
     temperature: float = 3.0
-    gradient_clip: float = 5.0
+    label_smoothing: float = 0.0
+    gradient_clip: float | None = 5.0
+    ema: float = 0.0
+    freeze_batch_norm: bool = False
+    precision: str = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {value!r}; it must be {what}."
-            for name, value, good, what in (
-                ("epochs", self.epochs, _is_count(self.epochs), "a whole number, 0 or more"),
-                ("lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
-                ("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)"),
-                ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
-                ("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)"),
-                ("distillation", self.distillation, 0 <= self.distillation <= 1, "in [0, 1]"),
-                ("temperature", self.temperature, 0 < self.temperature < math.inf, "a positive number"),
-                ("gradient_clip", self.gradient_clip, self.gradient_clip > 0, "a positive number"),
-            )
-            if not good
-        ]
-        if faults:
+        if faults := _fine_tune_faults(self):
             raise ConfigError(faults, source="fine_tune")
+        # JSON has no tuples.
+        object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
 
     @property
     def name(self) -> str:
@@ -192,6 +213,51 @@ def compress_faults(settings: Any) -> list[str]:
             "FineTune(epochs=1), or None."
         )
     return faults + _share_faults(s.shares) + kept_channels_faults(s.keep_channels)
+
+
+def _fine_tune_faults(s: FineTune) -> list[str]:
+    checks = (
+        ("epochs", _is_count(s.epochs), "a whole number, 0 or more"),
+        ("lr", _is_number(s.lr) and 0 < s.lr < math.inf, "a positive number"),
+        ("optimiser", s.optimiser in OPTIMISERS, _one_of(OPTIMISERS)),
+        ("momentum", _is_number(s.momentum) and 0 <= s.momentum < 1, "in [0, 1)"),
+        ("weight_decay", _is_number(s.weight_decay) and 0 <= s.weight_decay < math.inf, "0 or more"),
+        ("schedule", s.schedule in SCHEDULES, _one_of(SCHEDULES)),
+        ("warmup", _is_number(s.warmup) and 0 <= s.warmup < 1, "in [0, 1)"),
+        ("milestones", _are_shares(s.milestones), "shares of all steps in (0, 1), such as [0.5, 0.75]"),
+        ("gamma", _is_number(s.gamma) and 0 < s.gamma < 1, "in (0, 1), for example 0.1"),
+        ("distillation", _is_number(s.distillation) and 0 <= s.distillation <= 1, "in [0, 1]"),
+        ("temperature", _is_number(s.temperature) and 0 < s.temperature < math.inf, "a positive number"),
+        ("label_smoothing", _is_number(s.label_smoothing) and 0 <= s.label_smoothing < 1, "in [0, 1)"),
+        (
+            "gradient_clip",
+            s.gradient_clip is None or (_is_number(s.gradient_clip) and 0 < s.gradient_clip < math.inf),
+            "a positive number, or none",
+        ),
+        ("ema", _is_number(s.ema) and 0 <= s.ema < 1, "in [0, 1): 0 for none, 0.999 is usual"),
+        ("freeze_batch_norm", isinstance(s.freeze_batch_norm, bool), "true or false"),
+        ("precision", s.precision in PRECISIONS, _one_of(PRECISIONS)),
+        ("channels_last", isinstance(s.channels_last, bool), "true or false"),
+        ("compile", isinstance(s.compile, bool), "true or false"),
+        ("options", _is_json_mapping(s.options), "a mapping of what JSON can hold"),
+    )
+    return [f"{name} is {getattr(s, name)!r}; it must be {what}." for name, good, what in checks if not good]
+
+
+def _are_shares(value: Any) -> bool:
+    return (
+        isinstance(value, Collection)
+        and not isinstance(value, str)
+        and all(_is_number(share) and 0 < share < 1 for share in value)
+    )
+
+
+def _is_json_mapping(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, Mapping)
 
 
 def _share_faults(value: Any) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.compression import TableSource, analyse, apply, choose_sizes
+from compress_search.disk_space import write_when_there_is_room
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.layer_by_layer import LayerByLayer
 from compress_search.memory_layout import in_quickest_layout
@@ -30,11 +31,12 @@ from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
 from compress_search.results import Reference, StageResult
 from compress_search.selection.table_store import TableStore
 from compress_search.stage_store import StageStore
+from compress_search.stopping import StopSwitch
 from compress_search.task import Task
-from compress_search.training.fine_tuning import fine_tune
+from compress_search.training.trainer import CHECKPOINT_SECONDS, Trainer
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 3
+_STAGE_FORMAT = 4
 """Part of every key. Raise it when the same settings would give other weights than before."""
 
 _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
@@ -52,12 +54,24 @@ class StageRunner:
         seed: Fixes the calibration samples and all randomness of fine-tuning.
         device: Where models run.
         progress: Where to show the stages.
+        checkpoint_seconds: A fine-tuning leaves a checkpoint so often, and after each epoch.
+        stop: Says when to stop.
     """
 
     def __init__(
-        self, task: Task, workspace: Workspace, *, seed: int, device: torch.device, progress: Progress
+        self,
+        task: Task,
+        workspace: Workspace,
+        *,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        stop: StopSwitch | None = None,
     ) -> None:
         self._task = task
+        self._trainer = Trainer(task, workspace, progress, checkpoint_seconds, stop or StopSwitch())
+        self._workspace = workspace
         self._store = StageStore(workspace)
         self._tables = TableStore(workspace)
         self._seed = seed
@@ -146,6 +160,8 @@ class StageRunner:
             "evaluate": _name_of(task.evaluate),
             "loss": _name_of(task.loss),
             "seed": self._seed,
+            # Only where there is one: it is younger than the stages of other tasks.
+            **({} if task.training is None else {"training": _name_of(task.training)}),
         }
 
     def _compute(
@@ -161,15 +177,10 @@ class StageRunner:
             changed, plan = compressed.model, plan.then(compressed.step)
         else:
             changed = copy.deepcopy(model)
-            fine_tune(
-                changed,
-                self._original,
-                self._task,
-                stage,
-                seed=int(key[:8], 16),
-                progress=self._progress,
-            )
-        return self._finish(key, stage.name, plan, changed, started=started), changed
+            self._trainer.train(changed, self._original, stage, key)
+        result = self._finish(key, stage.name, plan, changed, started=started)
+        self._trainer.forget(key)
+        return result, changed
 
     def _compute_layer_by_layer(
         self,
@@ -183,11 +194,11 @@ class StageRunner:
     ) -> tuple[StageResult, nn.Module]:
         assert stage.per_layer_fine_tune is not None
         layers = LayerByLayer(
-            task=self._task,
             original=self._original,
             example_input=self._example,
             store=self._store,
             progress=self._progress,
+            trainer=self._trainer,
             analysis=analysis,
             sizes=sizes,
             plan=plan,
@@ -245,7 +256,9 @@ class StageRunner:
             mac_ratio=profile.macs / original_macs,
             seconds=time.monotonic() - started,
         )
-        self._store.save(result, plan, model)
+        write_when_there_is_room(
+            lambda: self._store.save(result, plan, model), self._workspace.root, say=self._progress.say
+        )
         return result
 
     def _calibration_inputs(self, samples: int) -> list[Tensor]:

@@ -17,6 +17,8 @@ from compress_search.profile import inference_mode_of
 
 Evaluate = Callable[[nn.Module, Iterable[Any]], float]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Training = Callable[[nn.Module, Any], None]
+"""Changes a model's weights in place; the other argument is a training job."""
 
 
 _CALIBRATION_BATCH = 32
@@ -52,7 +54,8 @@ class Task:
     Attributes:
         model: The trained model, or a function without arguments that returns it.
         example_input: ``(batch, ...)``, something ``model(example_input)`` accepts.
-        train: Loader of ``(inputs, targets)`` batches for fine-tuning.
+        train: Loader of ``(inputs, targets)`` batches for fine-tuning; of inputs alone where it learns from
+            the original model only (``fine_tune.distillation`` of 1).
         validation: Loader that the search judges candidates by. The search never sees ``test``.
         test: Loader for the one final number of the chosen model, or ``None``.
         calibration: Loader whose inputs (labels are ignored) the compression methods look at;
@@ -60,6 +63,10 @@ class Task:
         evaluate: ``evaluate(model, loader)`` returns a finite number, higher is better. It is called
             with ``validation`` (and once with ``test``). Top-1 accuracy by default.
         loss: ``loss(outputs, targets)`` for fine-tuning. Cross-entropy by default.
+        training: ``training(model, job)`` fine-tunes a model in place, by any framework; see
+            :class:`compress_search.training.own_function.TrainingJob`. By default the package's own
+            :func:`compress_search.training.fine_tuning.fine_tune`. What it does is known by its name: rename
+            it, or change ``fine_tune.options``, when it would give other weights than before.
         name: What the task is called in studies and reports.
     """
 
@@ -71,6 +78,7 @@ class Task:
     calibration: Iterable[Any] | None = None
     evaluate: Evaluate = accuracy
     loss: Loss = field(default_factory=nn.CrossEntropyLoss)
+    training: Training | None = None
     name: str = "task"
 
     def build_model(self) -> nn.Module:
@@ -184,7 +192,7 @@ class Task:
             )
 
     def _model_faults(self, model: nn.Module, device: torch.device) -> list[str]:
-        inputs, targets = next(iter(self.train))[:2]
+        inputs, targets = inputs_and_targets(next(iter(self.train)))
         if inputs.shape[1:] != self.example_input.shape[1:]:
             return [
                 f"example_input has shape {tuple(self.example_input.shape)}, but train yields inputs "
@@ -200,12 +208,17 @@ class Task:
                 ]
             try:
                 outputs = model(inputs.to(device))
+                if targets is None:
+                    return []
                 loss: object = self.loss_on(device)(outputs, targets.to(device))
                 value = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan
             except Exception as error:
+                of_targets = ""
+                if targets is not None:
+                    of_targets = f" of shape {tuple(targets.shape)} and type {targets.dtype}"
                 return [
-                    f"The model's output does not fit train's targets of shape {tuple(targets.shape)} "
-                    f"and type {targets.dtype}: {type(error).__name__}: {error}"
+                    f"The model's output does not fit train's targets{of_targets}: "
+                    f"{type(error).__name__}: {error}"
                 ]
         if not math.isfinite(value):
             seen = repr(loss)
@@ -221,6 +234,14 @@ def inputs_of(loader: Iterable[Any]) -> Iterator[Tensor]:
         yield batch if isinstance(batch, Tensor) else batch[0]
 
 
+def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Split a training batch, ``(inputs, targets, ...)`` or inputs alone."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    inputs, *others = batch
+    return inputs, others[0] if others else None
+
+
 def _loader_faults(name: str, loader: Any) -> list[str]:
     if iter_fault := _not_a_loader(name, loader):
         return [iter_fault]
@@ -230,9 +251,11 @@ def _loader_faults(name: str, loader: Any) -> list[str]:
         return [f"{name} raised when its first batch was drawn: {type(error).__name__}: {error}"]
     if batch is None:
         return [f"{name} is empty: it yields no batch."]
-    if isinstance(batch, Tensor) and name == "calibration":
+    without_targets = name in ("calibration", "train")
+    if isinstance(batch, Tensor) and without_targets:
         return []
-    if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[0], Tensor):
+    least = 1 if without_targets else 2
+    if not isinstance(batch, list | tuple) or len(batch) < least or not isinstance(batch[0], Tensor):
         return [
             f"{name} yields {type(batch).__name__}; it must yield (inputs, targets) with a tensor of inputs."
         ]

@@ -5,6 +5,7 @@ Layout::
     runs/                      the workspace
       study.db                 the Optuna studies (SQLite)
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
+      checkpoints/<key>/       one fine-tuning that is not finished
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
@@ -69,6 +70,10 @@ class Workspace:
     def stages(self) -> Path:
         """The folder of all stage results, shared by every study of this workspace."""
         return self.root / "stages"
+
+    def checkpoints(self, key: str) -> Path:
+        """The folder of the checkpoints of one fine-tuning that is not finished."""
+        return self.root / "checkpoints" / key
 
     @property
     def tables(self) -> Path:

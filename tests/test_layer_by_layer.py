@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from compress_search import compress, layer_by_layer, stages
+from compress_search import compress, stages
 from compress_search.checkpoint import load_weights
 from compress_search.exceptions import ConfigError
 from compress_search.plan import CompressionPlan, apply_plan
@@ -20,6 +20,7 @@ from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import Compress, FineTune, Recipe
 from compress_search.stages import StageRunner
+from compress_search.training import trainer
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.workspace import Workspace
 
@@ -105,7 +106,7 @@ def tunings(monkeypatch):
         seen.append(profile_model(model, torch.zeros(1, 1, 6, 6)).macs)
         return fine_tune(model, *args, **kwargs)
 
-    monkeypatch.setattr(layer_by_layer, "fine_tune", watched)
+    monkeypatch.setattr(trainer, "fine_tune", watched)
     return seen
 
 
@@ -153,7 +154,7 @@ def test_each_layer_is_compressed_in_the_model_that_was_trained_before(
             model.head.bias += 1.0
         return 0.5
 
-    monkeypatch.setattr(layer_by_layer, "fine_tune", add_one)
+    monkeypatch.setattr(trainer, "fine_tune", add_one)
     (result,) = runner().run(Recipe((stage_of(method),)))
     stored = load_file(tmp_path / "work" / "stages" / result.key / "weights.safetensors")
     torch.testing.assert_close(stored["head.bias"], task.model.head.bias + len(LAYERS[method]))
@@ -161,7 +162,7 @@ def test_each_layer_is_compressed_in_the_model_that_was_trained_before(
 
 @both_methods
 def test_one_layer_without_training_becomes_what_it_becomes_at_once(runner, weights, monkeypatch, method):
-    monkeypatch.setattr(layer_by_layer, "fine_tune", lambda *args, **kwargs: 0.5)
+    monkeypatch.setattr(trainer, "fine_tune", lambda *args, **kwargs: 0.5)
     ignore = tuple({"stem", "two", "three", "four", "shortcut", "head"})
     one_layer = stage_of(method, mac_ratio=0.85, ignore=ignore)
     one = runner()

@@ -13,6 +13,7 @@ import compress_search
 ORDER = (
     "exceptions",
     "workspace",
+    "disk_space",
     "checkpoint",
     "fingerprint",
     "profile",
@@ -40,6 +41,7 @@ ORDER = (
     "methods",
     "selection",
     "compression",
+    "stopping",
     "training",
     "stage_store",
     "layer_by_layer",

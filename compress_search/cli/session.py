@@ -35,7 +35,11 @@ def search_and_answer(config: StudyConfig) -> int:
             )
             config.save(study.folder / "config.yaml")
             with logging_to_file(study.folder / "study.log"):
-                study.optimize(config.n_trials, progress=Progress(console))
+                study.optimize(
+                    config.n_trials,
+                    checkpoint_seconds=config.checkpoint_seconds,
+                    progress=Progress(console),
+                )
                 return print_answer(study, config.max_drop)
         except KeyboardInterrupt:
             print(f"\nInterrupted. {_how_to_go_on(config)}", file=sys.stderr)

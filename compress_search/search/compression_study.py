@@ -26,7 +26,9 @@ from compress_search.search.space import enqueue_anchors
 from compress_search.search.status import StudyStatus, status_of
 from compress_search.search.worker import run_trials
 from compress_search.stages import StageRunner
+from compress_search.stopping import StopSwitch
 from compress_search.task import Task
+from compress_search.training.trainer import CHECKPOINT_SECONDS
 from compress_search.workspace import Workspace
 
 _WANTED, _TESTS = "n_trials", "test_scores"
@@ -87,31 +89,50 @@ class CompressionStudy:
         return self.workspace.study_folder(self.name)
 
     def optimize(
-        self, n_trials: int, *, timeout: float | None = None, progress: Progress | None = None
+        self,
+        n_trials: int,
+        *,
+        timeout: float | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        progress: Progress | None = None,
     ) -> None:
         """Search until the study has ``n_trials`` finished trials; resumes whatever was interrupted.
 
         Args:
             n_trials: The study's total. A study that has as many does nothing.
             timeout: No trial is begun after so many seconds.
+            checkpoint_seconds: A fine-tuning leaves a checkpoint so often, and after each epoch; what a
+                process that is killed had done since then is done again.
             progress: Where to show it; bars on a terminal by default.
 
         Raises:
             StudyError: The study was loaded without its task, the first trials all failed alike, or the
                 database failed.
-            KeyboardInterrupt: Ctrl-C or SIGTERM. Nothing that is finished is lost.
+            KeyboardInterrupt: Ctrl-C or SIGTERM. A fine-tuning finishes its step and leaves a checkpoint
+                first; a second signal ends it at once, which loses what it did since the last checkpoint.
         """
         if n_trials < 1:
             raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
+        if not checkpoint_seconds > 0:
+            raise StudyError(f"checkpoint_seconds is {checkpoint_seconds!r}; it must be positive.")
         task = self._needed_task("optimize")
         progress = progress or Progress()
+        stop = StopSwitch()
         runner = StageRunner(
-            task, self.workspace.prepare(), seed=self.settings.seed, device=self.device, progress=progress
+            task,
+            self.workspace.prepare(),
+            seed=self.settings.seed,
+            device=self.device,
+            progress=progress,
+            checkpoint_seconds=checkpoint_seconds,
+            stop=stop,
         )
         self.optuna_study.set_user_attr(_WANTED, n_trials)
         enqueue_anchors(self.optuna_study, self.settings)
         objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
-        run_trials(self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress)
+        run_trials(
+            self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress, stop=stop
+        )
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return what the trials ended as, by number; without those that were interrupted and run again."""

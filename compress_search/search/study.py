@@ -32,11 +32,12 @@ from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.stages import StageRunner
 from compress_search.task import Task
+from compress_search.training.readiness import check_training
 from compress_search.workspace import Workspace
 
 __all__ = ["CompressionStudy", "TestScore", "create_study", "load_study"]
 
-_RESERVED_NAMES = ("stages", "study.db")
+_RESERVED_NAMES = ("stages", "tables", "checkpoints", "study.db")
 
 
 def create_study(
@@ -138,6 +139,8 @@ def create_study(
     place, where = Workspace(Path(workspace)), choose_device(device)
     model = task.build_model()
     task.check(model, where)
+    trainings = (settings.fine_tune, settings.final_fine_tune, settings.per_layer_fine_tune)
+    check_training(task, trainings, where)
     channels_to_keep(settings.keep_channels, model)
     layers_matching(settings.ignore, profile_model(model, task.example_input.to(where), warn=True))
     runner = _runner(task, place.prepare(), settings, where, Progress())
@@ -210,7 +213,7 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in _RESERVED_NAMES:
         raise StudyError(
             f"The study's name is {name!r}; it names a folder of the workspace: use letters, digits and "
-            f". _ - (not {' or '.join(map(repr, _RESERVED_NAMES))})."
+            f". _ - (not {', '.join(map(repr, _RESERVED_NAMES))})."
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
 import threading
 import time
 import traceback
@@ -32,6 +31,7 @@ from compress_search.search.recovery import (
     recover,
 )
 from compress_search.search.storage import HEARTBEAT_SECONDS
+from compress_search.stopping import StopSwitch
 
 logger = logging.getLogger("compress_search")
 
@@ -50,6 +50,7 @@ def run_trials(
     n_trials: int,
     timeout: float | None = None,
     progress: Progress,
+    stop: StopSwitch,
 ) -> None:
     """Run trials until the study has ``n_trials`` finished ones.
 
@@ -62,6 +63,7 @@ def run_trials(
         n_trials: Total number of finished (complete, pruned or failed) trials of the study.
         timeout: No trial is begun after so many seconds.
         progress: Where to show the trials.
+        stop: Is told of signals.
 
     Raises:
         StudyError: The first trials all failed with the same error, or the database is gone.
@@ -69,7 +71,7 @@ def run_trials(
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
-        with _sigterm_as_interrupt():
+        with stop.on_signals():
             _run_trials(study, objective, n_trials, deadline, progress)
     except StorageInternalError as error:
         raise StudyError(
@@ -228,20 +230,3 @@ def _heartbeat(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the search as Ctrl-C does. Only the main thread can ask for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -378,7 +378,7 @@ def test_the_status_of_a_study_with_interrupted_and_waiting_trials(create, monke
 
     optimize(study, 1)
     with monkeypatch.context() as patched:
-        patched.setattr("compress_search.stages.fine_tune", stop)
+        patched.setattr("compress_search.training.trainer.fine_tune", stop)
         with pytest.raises(KeyboardInterrupt):
             optimize(study, 2)
     status = study.status()

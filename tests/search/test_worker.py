@@ -20,6 +20,7 @@ from compress_search.search.history import current_trials, finished_trials
 from compress_search.search.recovery import MOST_RETRIES, Worker
 from compress_search.search.space import enqueue_anchors
 from compress_search.search.worker import run_trials
+from compress_search.stopping import StopSwitch
 
 
 class Killed(BaseException):
@@ -28,7 +29,7 @@ class Killed(BaseException):
 
 def search(study, objective, n_trials, **options):
     progress = Progress(Console(file=io.StringIO()))
-    run_trials(study, objective, n_trials=n_trials, progress=progress, **options)
+    run_trials(study, objective, n_trials=n_trials, progress=progress, stop=StopSwitch(), **options)
 
 
 def states(study):

@@ -8,8 +8,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -17,9 +15,10 @@ from compress_search.exceptions import EvaluationError, TrainingError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
-from compress_search.training.fine_tuning import fine_tune, learning_rate_factor
+from compress_search.training.fine_tuning import fine_tune
+from compress_search.training.schedules import learning_rate_factor
 
-PLAIN = FineTune(epochs=1, lr=0.1, momentum=0, weight_decay=0, distillation=0, gradient_clip=math.inf)
+PLAIN = FineTune(epochs=1, lr=0.1, momentum=0, weight_decay=0, distillation=0, gradient_clip=None)
 
 
 def changed(settings, **changes):
@@ -37,27 +36,6 @@ def state_of(model):
 def assert_same_state(model, state):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-
-
-# The learning rate
-
-
-def test_the_rate_rises_linearly_then_falls_as_a_cosine():
-    factors = [learning_rate_factor(step, 10, warmup=0.2) for step in range(10)]
-    assert factors[:3] == [1 / 3, 2 / 3, 1]
-    assert factors[6] == pytest.approx(0.5)
-    assert factors[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
-
-
-@given(steps=st.integers(1, 300), warmup=st.floats(0, 1, exclude_max=True))
-def test_the_rate_peaks_once_and_never_stands_still(steps, warmup):
-    factors = [learning_rate_factor(step, steps, warmup=warmup) for step in range(steps)]
-    peak = factors.index(1)
-    assert peak == min(round(warmup * steps), steps - 1)
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert len(set(factors[peak:])) == steps - peak
-    assert min(factors) > 0
 
 
 # One step
@@ -96,7 +74,9 @@ def test_only_weights_decay(tiny_task):
     model = Slope()
     before = state_of(model)
     run(model, None, task, changed(PLAIN, epochs=2, lr=0.5, weight_decay=0.1, warmup=0.0))
-    shrunk = math.prod(1 - 0.5 * 0.1 * learning_rate_factor(step, 6, warmup=0.0) for step in range(6))
+    shrunk = math.prod(
+        1 - 0.5 * 0.1 * learning_rate_factor(step, 6, FineTune(warmup=0.0)) for step in range(6)
+    )
     torch.testing.assert_close(model.layer.weight.detach(), shrunk * before["layer.weight"])
     for name in ("layer.bias", "norm.weight", "norm.bias"):
         assert torch.equal(model.state_dict()[name], before[name])

@@ -1,0 +1,81 @@
+"""The fine-tunings of a workspace: by the package or by the user's function, with checkpoints by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress_search.progress import Progress
+from compress_search.recipe import FineTune
+from compress_search.stopping import StopSwitch
+from compress_search.task import Task
+from compress_search.training.checkpoints import CheckpointFolder
+from compress_search.training.fine_tuning import fine_tune
+from compress_search.training.own_function import train_by
+from compress_search.workspace import Workspace, remove_folder
+
+CHECKPOINT_SECONDS = 60.0
+"""How often a fine-tuning leaves a checkpoint, beside those after each epoch."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains models of one task.
+
+    Attributes:
+        task: Gives the data, the loss and the evaluation, or a training function of its own.
+        workspace: Where checkpoints lie.
+        progress: Where to show the epochs.
+        checkpoint_seconds: How often there is a checkpoint.
+        stop: Says when to stop.
+    """
+
+    task: Task
+    workspace: Workspace
+    progress: Progress
+    checkpoint_seconds: float
+    stop: StopSwitch
+
+    def train(self, model: nn.Module, original: nn.Module, settings: FineTune, key: str) -> float:
+        """Train a model in place, or go on where a process that trained the same was killed.
+
+        Args:
+            model: The model. It is left in evaluation mode.
+            original: The uncompressed model, which teaches.
+            settings: How to train.
+            key: The hash of everything that makes the outcome; it is the seed, and names the checkpoints.
+
+        Returns:
+            What ``task.score(model)`` says of the weights that were kept.
+
+        Raises:
+            TrainingError: See :func:`compress_search.training.fine_tuning.fine_tune`.
+            KeyboardInterrupt: ``stop`` was requested.
+        """
+        folder, seed = self.workspace.checkpoints(key), int(key[:8], 16)
+        if self.task.training is not None:
+            return train_by(
+                model,
+                original,
+                self.task,
+                settings,
+                seed=seed,
+                progress=self.progress,
+                folder=folder,
+                stop=self.stop,
+            )
+        return fine_tune(
+            model,
+            original,
+            self.task,
+            settings,
+            seed=seed,
+            progress=self.progress,
+            checkpoints=CheckpointFolder(folder, self.checkpoint_seconds),
+            stop=self.stop,
+        )
+
+    def forget(self, key: str) -> None:
+        """Remove the checkpoints of a training whose outcome is stored."""
+        remove_folder(self.workspace.checkpoints(key))

@@ -1,0 +1,124 @@
+"""A training function of the user's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compress_search.exceptions import TrainingError
+from compress_search.fingerprint import model_fingerprint
+from compress_search.progress import Progress
+from compress_search.recipe import FineTune
+from compress_search.stages import StageRunner
+from compress_search.stopping import StopSwitch
+from compress_search.training.trainer import Trainer
+from compress_search.workspace import Workspace
+
+
+@pytest.fixture
+def train(tiny_task, tiny_net, tmp_path):
+    def run(training, settings=None, **changes):
+        task = tiny_task(training=training, **changes)
+        model = tiny_net()
+        trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
+        score = trainer.train(model, tiny_net(seed=1), settings or FineTune(epochs=2), "0123456789abcdef")
+        return model, score, trainer
+
+    return run
+
+
+def by_hand(model, job):
+    """Plain gradient descent on the task's own loss."""
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=job.settings.lr)
+    for _ in range(job.settings.epochs):
+        for inputs, targets in job.task.train:
+            optimiser.zero_grad()
+            job.task.loss(model(inputs), targets).backward()
+            optimiser.step()
+
+
+def test_it_trains_in_place_of_the_packages_own(train, tiny_net):
+    model, score, trainer = train(by_hand, FineTune(epochs=6, lr=0.1))
+    assert score == trainer.task.score(model) > trainer.task.score(tiny_net())
+    assert not model.training
+
+
+def test_it_is_seeded_and_told_everything(train, tmp_path, tiny_net):
+    jobs, drawn = [], []
+
+    def training(model, job):
+        jobs.append(job)
+        drawn.append(torch.rand(()).item())
+        (job.folder / "mine.txt").write_text("kept")
+
+    settings = FineTune(epochs=2, options={"layers": [1, 2]})
+    for _ in range(2):
+        *_, trainer = train(training, settings)
+    assert drawn[0] == drawn[1]
+    (job, again) = jobs
+    assert job.settings.options == {"layers": [1, 2]} and job.seed == again.seed
+    assert job.device == torch.device("cpu") and not job.stop_requested()
+    assert (job.folder / "mine.txt").read_text() == "kept"
+    assert model_fingerprint(job.original) == model_fingerprint(tiny_net(seed=1))
+    trainer.forget("0123456789abcdef")
+    assert not job.folder.exists()
+
+
+def test_what_is_worse_is_not_kept(train, tiny_net, caplog):
+    caplog.set_level("INFO", logger="compress_search")
+
+    def spoil(model, job):
+        nn.init.zeros_(model[-1].weight)
+        nn.init.zeros_(model[-1].bias)
+
+    scores = iter([0.9, 0.3])
+    model, score, _ = train(spoil, evaluate=lambda *_: next(scores))
+    assert score == 0.9 and model_fingerprint(model) == model_fingerprint(tiny_net())
+    assert "spoil made the model worse (0.9000 before, 0.3000 after): it is left as it was" in caplog.text
+
+
+def raising(model, job):
+    raise ValueError("no")
+
+
+def growing(model, job):
+    model.add_module("more", nn.Linear(1, 1))
+
+
+def exploding(model, job):
+    nn.init.constant_(model[0].weight, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        (raising, r"Task\.training \(raising\) raised ValueError: no"),
+        (growing, r"other tensors than it was given \(more\.bias, for example\)"),
+        (exploding, r"left values in 0\.weight that are not finite"),
+    ],
+)
+def test_what_it_does_wrong_is_told(train, training, words):
+    with pytest.raises(TrainingError, match=words):
+        train(training)
+
+
+def test_no_epochs_do_not_call_it(train):
+    _, score, trainer = train(raising, FineTune(epochs=0))
+    assert score == trainer.task.score(trainer.task.build_model())
+
+
+def test_stages_are_told_apart_by_its_name(tiny_task, tmp_path):
+    def identity(**changes):
+        runner = StageRunner(
+            tiny_task(**changes),
+            Workspace(tmp_path),
+            seed=0,
+            device=torch.device("cpu"),
+            progress=Progress(),
+        )
+        return runner.identity
+
+    assert identity() == identity(training=None)
+    assert identity(training=by_hand)["training"] == "by_hand"
