@@ -2,10 +2,10 @@
 
 Launch it with ``python studies/benchmarks/fine_tuning.py``. The networks are those of
 :mod:`benchmarks.ratio_selection`, all with the MACs that AIMET left of the guidebook's 0.75 x 0.66; what is
-not there yet is compressed first. Each is trained on by the same code, for the same epochs, from the same
-seeds, once on the labels alone and once taught by the original network too: what a tool's compression is worth
-and what distillation is worth can be told apart. The thousand images that the network's own training held
-out choose the best epoch; the 10,000 test images are looked at afterwards.
+not there yet is compressed first. Each is trained on by the same code, for as many epochs, from the same seeds,
+once on the labels alone and once taught by the original network too: what a tool's compression is worth and
+what distillation is worth can be told apart. The thousand images that the network's own training held out
+choose the best epoch; the 10,000 test images are looked at afterwards.
 
 People who compress by hand fine-tune between the two halves as well. AIMET's process keeps no network from
 between its halves, so none is fine-tuned there, neither AIMET's nor ours.
@@ -98,16 +98,13 @@ class Bench:
         """Fine-tune the network of a case and judge it."""
         assert result.accuracy is not None and result.mac_ratio is not None
         train, _ = self.laboratory.data
-        network = self.laboratory.compressed(case).to(memory_format=torch.channels_last)
-        teacher = trained(case.network, train).to(memory_format=torch.channels_last)
+        network = self.laboratory.compressed(case)
+        teacher = trained(case.network, train)
         task = task_of(network, train, self.images)
         start, cpu_start = time.perf_counter(), time.process_time()
-        # As the network was trained; see there. The same for all, and the judge calculates in float32.
-        quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-        with torch.autocast("cpu", torch.bfloat16, enabled=quick, cache_enabled=False):
-            validation = fine_tune(
-                network, teacher, task, tuning.settings, seed=tuning.seed, progress=self.progress
-            )
+        validation = fine_tune(
+            network, teacher, task, tuning.settings, seed=tuning.seed, progress=self.progress
+        )
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         return Tuned(
             mac_ratio=result.mac_ratio,
@@ -150,7 +147,7 @@ def run(
     rows = [(tuning, found) for _, tuning in asked if (found := stored(tuning, bench.folder)) is not None]
     if table:
         return rows
-    done = {tuning for tuning, _ in rows}
+    done = [tuning for tuning, _ in rows]
     with bench.progress.bar("fine-tunings", len(asked), done=len(rows)) as advance:
         for case, tuning in asked:
             if tuning in done:
@@ -179,12 +176,17 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     laboratory = Laboratory(given.folder, given.threads)
     chosen = [
-        case for case in CASES if (fnmatch.fnmatch(case.name, given.only) if given.only else case.name in USUAL)
+        case
+        for case in CASES
+        if (fnmatch.fnmatch(case.name, given.only) if given.only else case.name in USUAL)
     ]
     results: dict[str, Result] = {}
     for name in dict.fromkeys([RIVAL, *(case.name for case in chosen)]):
         results |= ratio_selection.run(laboratory, only=name, again=False, table=given.table, long=False)
-    bench = Bench(laboratory, FineTune(epochs=given.epochs, lr=given.lr), given.images, Progress())
+    # As the network itself was trained; see there. The judge calculates in float32.
+    quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    settings = FineTune(epochs=given.epochs, lr=given.lr, precision="bfloat16" if quick else "float32")
+    bench = Bench(laboratory, settings, given.images, Progress())
     rows = run(bench, chosen, results, range(given.seeds), table=given.table)
     text = as_markdown(rows, f"{NETWORK} on CIFAR-10, {given.epochs} epochs of fine-tuning, lr {given.lr:g}.")
     (given.folder / "fine_tuning.md").write_text(text)

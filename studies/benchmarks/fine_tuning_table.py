@@ -6,9 +6,10 @@ import csv
 import dataclasses
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from benchmarks.tunings import Tuned, Tuning
 
@@ -83,17 +84,12 @@ def as_markdown(rows: Rows, head: str) -> str:
 
 def as_csv(rows: Rows) -> str:
     """Every number of every fine-tuning, one row each."""
+    records = [_record(tuning, tuned) for tuning, tuned in rows]
     text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for tuning, tuned in rows:
-        values: dict[str, object] = dataclasses.asdict(tuning)
-        settings = values.pop("settings")
-        assert isinstance(settings, Mapping)
-        values |= {**settings, **dataclasses.asdict(tuned), "drop_points": tuned.drop}
-        if writer is None:
-            writer = csv.DictWriter(text, list(values), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(values)
+    if records:
+        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
     return text.getvalue()
 
 
@@ -106,6 +102,12 @@ def findings(lines: Sequence[Line]) -> list[str]:
         f"{other.drop:.2f}: {'less' if one.drop < other.drop else 'not less'} (wanted: less)."
         for one, other in itertools.product(ours, others)
     ]
+
+
+def _record(tuning: Tuning, tuned: Tuned) -> dict[str, Any]:
+    asked = dataclasses.asdict(tuning)
+    settings = asked.pop("settings")
+    return {**asked, **settings, **dataclasses.asdict(tuned), "drop_points": tuned.drop}
 
 
 def _teacher(line: Line) -> str:

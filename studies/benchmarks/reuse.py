@@ -1,16 +1,16 @@
 """What sharing stages saves: trials of a study, and the same trials as separate pipelines, in one process.
 
 Launch it with ``python studies/benchmarks/reuse.py``; ``--network cifar10`` takes ResNet-20 in place of the
-digits. A study runs its trials in one workspace, where they find each other's stages and sensitivity tables.
-Then each trial's recipe, as the study proposed it, runs in a workspace of its own, which holds nothing. The
-pipelines are told their ratios: what it took the study to propose them is time of the study's alone. Both must
-come to the same weights, stage by stage, or there is an error and no table.
+digits. A study runs its trials in one workspace, where they find one another's stages and tables. After each trial its recipe, as the study proposed it, runs in a workspace of its own, which holds nothing: one
+right after the other, so that whatever else the machine does troubles both. The pipelines are told their
+ratios; what it took the study to propose them is time of the study's alone. Both must come to the same
+accuracies, stage by stage, or there is an error and no table.
 
 How much is shared depends on what the trials ask for, so there are three plans:
 
 * ``default``: one study as configured. Its first ratios lie on a grid of 0.05, where few meet.
-* ``coarse``: the same on a grid of 0.125, a handful of first ratios as in AIMET's guidebook, each with several
-  second ones.
+* ``coarse``: the same on a grid of 0.125, a handful of first ratios as in AIMET's guidebook, each with
+  several second ones.
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
@@ -26,13 +26,14 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from optuna.trial import FrozenTrial
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +42,7 @@ from cifar10_networks import EXAMPLE, VALIDATION_IMAGES, AugmentedBatches, train
 
 from benchmarks.ratio_selection import FOLDER
 from benchmarks.reuse_table import Comparison, Pipeline, Time, as_csv, as_markdown
-from compress_search import FineTune, Task, create_study
+from compress_search import CompressionStudy, FineTune, Task, create_study
 from compress_search.config import StudyConfig
 from compress_search.progress import Progress
 from compress_search.recipe import Recipe
@@ -76,25 +77,6 @@ class Part:
     n_trials: int
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a trial of a study did.
-
-    Attributes:
-        name: Study and number.
-        params: Its ratios.
-        recipe: The stages that it came to; a trial that was given up has no more.
-        results: Of each of them.
-        seconds: Wall time, with what proposing it took.
-    """
-
-    name: str
-    params: Mapping[str, float]
-    recipe: Recipe
-    results: tuple[StageResult, ...]
-    seconds: float
-
-
 def plans(settings: SearchSettings, n_trials: int) -> dict[str, tuple[Part, ...]]:
     """The plans by name."""
     variants = tuple(
@@ -108,61 +90,73 @@ def plans(settings: SearchSettings, n_trials: int) -> dict[str, tuple[Part, ...]
     }
 
 
-def run_studies(task: Task, plan: Sequence[Part], workspace: Path) -> list[Trial]:
-    """Run the studies of a plan in one workspace."""
-    trials = []
-    for index, part in enumerate(plan):
-        settings = {field.name: getattr(part.settings, field.name) for field in dataclasses.fields(part.settings)}
-        study = create_study(f"study-{index}", task, workspace=workspace, device=CPU, **settings)
-        study.optimize(part.n_trials)
-        for trial in current_trials(study.optuna_study.get_trials(deepcopy=False)):
-            results = tuple(map(StageResult.from_dict, trial.user_attrs.get(STAGES, ())))
-            recipe = Recipe.from_dict(trial.user_attrs.get("recipe", []))
-            seconds = 0.0 if trial.duration is None else trial.duration.total_seconds()
-            name = str(trial.number) if len(plan) == 1 else f"{index}.{trial.number}"
-            stages = Recipe(recipe.stages[: len(results)])
-            trials.append(Trial(name, trial.params, stages, results, seconds))
-    return trials
-
-
-def run_alone(task: Task, recipe: Recipe, *, seed: int, progress: Progress) -> tuple[StageResult, ...]:
-    """Run a recipe in a workspace that holds nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        workspace = Workspace(Path(folder)).prepare()
-        runner = StageRunner(task, workspace, seed=seed, device=torch.device(CPU), progress=progress)
-        return runner.run(recipe)
-
-
 def compare(task: Task, plan: Sequence[Part], progress: Progress) -> Comparison:
-    """Run a plan both ways.
+    """Run a plan both ways, each trial alone right after it ran in its study.
 
     Raises:
         DifferenceError: They do not come to the same.
     """
+    total = sum(part.n_trials for part in plan)
+    creation, pipelines = Time(0.0, 0.0), []
+    with tempfile.TemporaryDirectory() as folder, progress.bar("pipelines", total) as advance:
+        for index, part in enumerate(plan):
+            study, took = timed(partial(new_study, f"study-{index}", task, part.settings, Path(folder)))
+            creation += took
+            for n_trials in range(1, part.n_trials + 1):
+                _, took = timed(partial(study.optimize, n_trials, progress=progress))
+                trial = current_trials(study.optuna_study.get_trials(deepcopy=False))[-1]
+                name = str(trial.number) if len(plan) == 1 else f"{index}.{trial.number}"
+                pipeline = run_alone(task, name, trial, took, seed=part.settings.seed, progress=progress)
+                check_same(pipeline)
+                pipelines.append(pipeline)
+                alone = pipeline.alone_time.seconds
+                advance(f"trial {name}: {took.seconds:.1f} s in the study, {alone:.1f} s alone")
+    return Comparison(creation, tuple(pipelines))
+
+
+def new_study(name: str, task: Task, settings: SearchSettings, workspace: Path) -> CompressionStudy:
+    """Create a study with these settings."""
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return create_study(name, task, workspace=workspace, device=CPU, **given)
+
+
+def run_alone(
+    task: Task, name: str, trial: FrozenTrial, shared_time: Time, *, seed: int, progress: Progress
+) -> Pipeline:
+    """Run what a trial ran in a workspace that holds nothing.
+
+    Args:
+        task: The task.
+        name: What the trial is called.
+        trial: A trial that has ended; of one that was given up, the stages that it came to are run.
+        shared_time: What it took in its study.
+        seed: The study's seed.
+        progress: Where to show the stages.
+    """
+    shared = tuple(map(StageResult.from_dict, trial.user_attrs.get(STAGES, ())))
+    recipe = Recipe.from_dict(trial.user_attrs.get("recipe", []))
     with tempfile.TemporaryDirectory() as folder:
-        trials, shared = timed(partial(run_studies, task, plan, Path(folder)))
-    pipelines = []
-    alone_of = partial(run_alone, task, seed=plan[0].settings.seed, progress=progress)
-    with progress.bar("pipelines", len(trials)) as advance:
-        for trial in trials:
-            alone, took = timed(partial(alone_of, trial.recipe))
-            check_same(trial, alone)
-            pipelines.append(Pipeline(trial.name, trial.params, trial.results, trial.seconds, alone, took))
-            advance(f"trial {trial.name}: {trial.seconds:.1f} s in the study, {took.seconds:.1f} s alone")
-    return Comparison(shared, tuple(pipelines))
+
+        def pipeline() -> tuple[StageResult, ...]:
+            workspace = Workspace(Path(folder)).prepare()
+            runner = StageRunner(task, workspace, seed=seed, device=torch.device(CPU), progress=progress)
+            return runner.run(Recipe(recipe.stages[: len(shared)]))
+
+        alone, alone_time = timed(pipeline)
+    return Pipeline(name, trial.params, shared, shared_time, alone, alone_time)
 
 
-def check_same(trial: Trial, alone: Sequence[StageResult]) -> None:
+def check_same(pipeline: Pipeline) -> None:
     """Make sure that reuse changed nothing.
 
     Raises:
         DifferenceError: It did.
     """
-    for one, other in zip(trial.results, alone, strict=True):
+    for one, other in zip(pipeline.shared, pipeline.alone, strict=True):
         for what in ("key", "accuracy", "macs", "params"):
             if getattr(one, what) != getattr(other, what):
                 raise DifferenceError(
-                    f"Trial {trial.name}, {one.name}: {what} is {getattr(one, what)} in the study and "
+                    f"Trial {pipeline.name}, {one.name}: {what} is {getattr(one, what)} in the study and "
                     f"{getattr(other, what)} alone."
                 )
 

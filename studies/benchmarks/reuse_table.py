@@ -12,7 +12,7 @@ from compress_search.results import StageResult
 WANTED = 0.45
 """Issue 5's wish: most that a study of twelve trials may take of the time of twelve pipelines."""
 
-PROPOSING = "the rest"
+REST = "the rest"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Time:
     seconds: float
     cpu_seconds: float
 
+    def __add__(self, other: Time) -> Time:
+        """One after the other."""
+        return Time(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -36,7 +40,7 @@ class Pipeline:
         name: Of the trial.
         params: Its ratios.
         shared: Its stages in the study.
-        shared_seconds: Wall time in the study.
+        shared_time: What it took in the study, with what proposing it took.
         alone: Its stages in a workspace of its own.
         alone_time: What these took.
     """
@@ -44,7 +48,7 @@ class Pipeline:
     name: str
     params: Mapping[str, float]
     shared: tuple[StageResult, ...]
-    shared_seconds: float
+    shared_time: Time
     alone: tuple[StageResult, ...]
     alone_time: Time
 
@@ -54,18 +58,22 @@ class Comparison:
     """A plan, both ways.
 
     Attributes:
-        shared: What its studies took, from their creation to their end.
+        creation: What creating its studies took.
         pipelines: One a trial.
     """
 
-    shared: Time
+    creation: Time
     pipelines: tuple[Pipeline, ...]
+
+    @property
+    def shared(self) -> Time:
+        """What the studies took."""
+        return sum((pipeline.shared_time for pipeline in self.pipelines), start=self.creation)
 
     @property
     def alone(self) -> Time:
         """What the separate pipelines took together."""
-        times = [pipeline.alone_time for pipeline in self.pipelines]
-        return Time(sum(t.seconds for t in times), sum(t.cpu_seconds for t in times))
+        return sum((pipeline.alone_time for pipeline in self.pipelines), start=Time(0.0, 0.0))
 
     @property
     def ratio(self) -> float:
@@ -93,7 +101,7 @@ class Comparison:
             shared=self.shared.seconds - sum(t.shared for t in times.values()),
             alone=self.alone.seconds - sum(t.alone for t in times.values()),
         )
-        return {**times, PROPOSING: rest}
+        return {**times, REST: rest}
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,16 @@ def as_csv(comparisons: Mapping[str, Comparison]) -> str:
                 # A stage that was found says what computing it took; the study did not pay that again.
                 paid = 0.0 if one.reused else one.seconds
                 writer.writerow(
-                    (name, pipeline.name, one.name, one.reused, one.accuracy, one.mac_ratio, paid, other.seconds)
+                    (
+                        name,
+                        pipeline.name,
+                        one.name,
+                        one.reused,
+                        one.accuracy,
+                        one.mac_ratio,
+                        paid,
+                        other.seconds,
+                    )
                 )
     return text.getvalue()
 
@@ -182,7 +199,7 @@ def _trial_lines(comparison: Comparison) -> list[str]:
             str(len(pipeline.shared)),
             str(sum(stage.reused for stage in pipeline.shared)),
             f"{pipeline.shared[-1].accuracy:.4f}" if pipeline.shared else "",
-            f"{pipeline.shared_seconds:.1f}",
+            f"{pipeline.shared_time.seconds:.1f}",
             f"{pipeline.alone_time.seconds:.1f}",
         ]
         lines.append("| " + " | ".join(texts) + " |")
