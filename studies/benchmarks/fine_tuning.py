@@ -2,10 +2,10 @@
 
 Launch it with ``python studies/benchmarks/fine_tuning.py``. The networks are those of
 :mod:`benchmarks.ratio_selection`, all with the MACs that AIMET left of the guidebook's 0.75 x 0.66; what is
-not there yet is compressed first. Each is trained on by the same code, for as many epochs, from the same seeds,
-once on the labels alone and once taught by the original network too: what a tool's compression is worth and
-what distillation is worth can be told apart. The thousand images that the network's own training held out
-choose the best epoch; the 10,000 test images are looked at afterwards.
+not there yet is compressed first. Each is trained on by the same code, for as many epochs, from the same
+seeds, once on the labels alone and once taught by the original network too: what a tool's compression is
+worth and what distillation is worth can be told apart. The thousand images that the network's own training
+held out choose the best epoch; the 10,000 test images are looked at afterwards.
 
 People who compress by hand fine-tune between the two halves as well. AIMET's process keeps no network from
 between its halves, so none is fine-tuned there, neither AIMET's nor ours.

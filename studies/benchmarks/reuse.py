@@ -1,10 +1,11 @@
 """What sharing stages saves: trials of a study, and the same trials as separate pipelines, in one process.
 
 Launch it with ``python studies/benchmarks/reuse.py``; ``--network cifar10`` takes ResNet-20 in place of the
-digits. A study runs its trials in one workspace, where they find one another's stages and tables. After each trial its recipe, as the study proposed it, runs in a workspace of its own, which holds nothing: one
-right after the other, so that whatever else the machine does troubles both. The pipelines are told their
-ratios; what it took the study to propose them is time of the study's alone. Both must come to the same
-accuracies, stage by stage, or there is an error and no table.
+digits. A study runs its trials in one workspace, where they find one another's stages and tables. After each
+trial its recipe, as the study proposed it, runs in a workspace of its own, which holds nothing: one right
+after the other, so that whatever else the machine does troubles both. The pipelines are told their ratios;
+what it took the study to propose them is time of the study's alone. Both must come to the same accuracies,
+stage by stage, or there is an error and no table.
 
 How much is shared depends on what the trials ask for, so there are three plans:
 
@@ -47,7 +48,7 @@ from compress_search.config import StudyConfig
 from compress_search.progress import Progress
 from compress_search.recipe import Recipe
 from compress_search.results import StageResult
-from compress_search.search.history import STAGES, current_trials
+from compress_search.search.history import STAGES, finished_trials
 from compress_search.search.settings import SearchSettings
 from compress_search.stages import StageRunner
 from compress_search.workspace import Workspace
@@ -104,7 +105,7 @@ def compare(task: Task, plan: Sequence[Part], progress: Progress) -> Comparison:
             creation += took
             for n_trials in range(1, part.n_trials + 1):
                 _, took = timed(partial(study.optimize, n_trials, progress=progress))
-                trial = current_trials(study.optuna_study.get_trials(deepcopy=False))[-1]
+                trial = finished_trials(study.optuna_study.get_trials(deepcopy=False))[-1]
                 name = str(trial.number) if len(plan) == 1 else f"{index}.{trial.number}"
                 pipeline = run_alone(task, name, trial, took, seed=part.settings.seed, progress=progress)
                 check_same(pipeline)
