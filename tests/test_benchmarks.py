@@ -200,7 +200,7 @@ def laboratory(cases, running, tmp_path, monkeypatch):
     def run(self, request):
         ran.append(request)
         result = answers.get(request.case.name, fake_result(cases, request.case.name))
-        home = self._home(request.case)
+        home = self.home(request.case)
         home.mkdir(parents=True, exist_ok=True)
         (home / "request.json").write_text(request.to_json())
         (home / "result.json").write_text(result.to_json())
@@ -293,7 +293,7 @@ def real_laboratory(running, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "CALIBRATION_IMAGES", 32)
     monkeypatch.setattr(running, "EVALUATION_IMAGES", 20)
     laboratory = running.Laboratory(tmp_path, 1)
-    monkeypatch.setitem(laboratory.__dict__, "_data", (images, images))
+    monkeypatch.setitem(laboratory.__dict__, "data", (images, images))
     return laboratory
 
 

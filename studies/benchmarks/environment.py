@@ -50,7 +50,12 @@ def version_of(tool: str) -> str:
         return " ".join(package for packages in ENVIRONMENTS[tool].installs for package in packages)
     if tool != COMPRESS_SEARCH:
         return metadata.version(tool)
-    source, home = hashlib.sha256(), Path(compress_search.__file__).parent
+    return source_hash(Path(compress_search.__file__).parent)
+
+
+def source_hash(home: Path) -> str:
+    """The hash of all Python files of a folder."""
+    source = hashlib.sha256()
     for path in sorted(home.rglob("*.py")):
         source.update(f"{path.relative_to(home)}\n{path.read_text()}".encode())
     return source.hexdigest()[:16]

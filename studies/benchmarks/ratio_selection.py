@@ -65,13 +65,14 @@ OUR_TARGETS = tuple(
 
 TORCH_PRUNING_CASES = tuple(
     Case(
-        f"torch-pruning-{importance}{'-batchnorm' if batchnorm else ''}",
+        f"torch-pruning-{importance}{'-batchnorm' if batchnorm else ''}{suffix}",
         TORCH_PRUNING,
         NETWORK,
         PRUNING,
         {"importance": importance, "batchnorm": batchnorm},
-        rival="aimet-pruning-5000",
+        rival=rival,
     )
+    for rival, suffix in (("aimet-pruning-5000", ""), ("aimet-both-5000", "-beside-aimet-both-5000"))
     for importance in ("magnitude", "taylor")
     for batchnorm in (False, True)
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from cifar10 import Images, load_cifar10
 from cifar10_networks import normalised, trained, weights_of, whole_batches
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from benchmarks.cases import Case, Effort, Request, Result, read_result
 from benchmarks.environment import python_of, version_of
@@ -54,11 +55,11 @@ class Laboratory:
     def stored(self, case: Case, rivals: Sequence[Result]) -> Result | None:
         """The result of a case that was run under these conditions."""
         request = self.request(case, rivals)
-        return None if request is None else read_result(self._home(case), request)
+        return None if request is None else read_result(self.home(case), request)
 
     def run(self, request: Request) -> Result:
         """Run a case and keep what comes of it, faults included."""
-        case, home = request.case, self._home(request.case)
+        case, home = request.case, self.home(request.case)
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         (home / "request.json").write_text(request.to_json())
@@ -77,15 +78,24 @@ class Laboratory:
         """The file of a network's weights; it is trained if there is none."""
         weights = weights_of(network).absolute()
         if not weights.exists():
-            trained(network, self._data[0])
+            trained(network, self.data[0])
         return weights
 
-    def _home(self, case: Case) -> Path:
+    def compressed(self, case: Case) -> nn.Module:
+        """Build the network that came of a case.
+
+        Raises:
+            RebuildError: It is not what the tool had.
+        """
+        return rebuilt(case.network, self.home(case), load_file(self._images())["inputs"])
+
+    def home(self, case: Case) -> Path:
+        """The folder of a case."""
         return self.folder.absolute() / case.network / case.name
 
     def _compress(self, request: Request) -> str | None:
         """Run the tool; return the last line of its fault, if there was one."""
-        case, home = request.case, self._home(request.case)
+        case, home = request.case, self.home(request.case)
         python = python_of(case.tool, self.folder / "environments")
         command = [python, "-m", f"benchmarks.{case.tool}_peer", self.weights(case.network), self._images()]
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -103,22 +113,20 @@ class Laboratory:
         return lines[-1] if lines else f"It ended with status {done.returncode} and said nothing."
 
     def _judged(self, result: Result, case: Case) -> Result:
-        home = self._home(case)
-        network = rebuilt(case.network, home, load_file(self._images())["inputs"])
-        accuracy, macs = measured(network, self._test)
-        effort = Effort(**json.loads((home / "effort.json").read_text()))
+        accuracy, macs = measured(self.compressed(case), self.test)
+        effort = Effort(**json.loads((self.home(case) / "effort.json").read_text()))
         return dataclasses.replace(result, accuracy=accuracy, macs=macs, effort=effort)
 
     def _original(self, network: str) -> tuple[float, int]:
         model = PEER_NETWORKS[network](Add)
         model.load_state_dict(load_file(self.weights(network)))
-        return measured(model, self._test)
+        return measured(model, self.test)
 
     def _images(self) -> Path:
         """What the tools may look at, as a file."""
         path = self.folder.absolute() / IMAGES
         if not path.exists():
-            train = self._data[0]
+            train = self.data[0]
             tensors = {
                 "calibration": normalised(train.pixels[:CALIBRATION_IMAGES]),
                 "inputs": normalised(train.pixels[-EVALUATION_IMAGES:]),
@@ -129,9 +137,11 @@ class Laboratory:
         return path
 
     @cached_property
-    def _test(self) -> Batches:
-        return whole_batches(self._data[1])
+    def test(self) -> Batches:
+        """All test images."""
+        return whole_batches(self.data[1])
 
     @cached_property
-    def _data(self) -> tuple[Images, Images]:
+    def data(self) -> tuple[Images, Images]:
+        """The training and the test images."""
         return load_cifar10()

@@ -1,0 +1,219 @@
+"""What sharing stages saves: trials of a study, and the same trials as separate pipelines, in one process.
+
+Launch it with ``python studies/benchmarks/reuse.py``; ``--network cifar10`` takes ResNet-20 in place of the
+digits. A study runs its trials in one workspace, where they find one another's stages and tables. After each
+trial its recipe, as the study proposed it, runs in a workspace of its own, which holds nothing: one right
+after the other, so that whatever else the machine does troubles both. The pipelines are told their ratios;
+what it took the study to propose them is time of the study's alone. Both must come to the same accuracies,
+stage by stage, or there is an error and no table.
+
+How much is shared depends on what the trials ask for, so there are three plans:
+
+* ``default``: one study as configured. Its first ratios lie on a grid of 0.05, where few meet.
+* ``coarse``: the same on a grid of 0.125, a handful of first ratios as in AIMET's guidebook, each with
+  several second ones.
+* ``variants``: three studies of a third as many trials that differ in the learning rate of the last
+  fine-tuning alone, so that a whole trial up to there is shared.
+
+The tables go to ``runs/benchmarks/reuse-<network>.md`` and ``.csv``. Nothing else is kept: a time that was
+measured in parts is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from optuna.trial import FrozenTrial
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cifar10 import Images, load_cifar10
+from cifar10_networks import EXAMPLE, VALIDATION_IMAGES, AugmentedBatches, trained, whole_batches
+
+from benchmarks.ratio_selection import FOLDER
+from benchmarks.reuse_table import Comparison, Pipeline, Time, as_csv, as_markdown
+from compress_search import CompressionStudy, FineTune, Task, create_study
+from compress_search.config import StudyConfig
+from compress_search.progress import Progress
+from compress_search.recipe import Recipe
+from compress_search.results import StageResult
+from compress_search.search.history import STAGES, finished_trials
+from compress_search.search.settings import SearchSettings
+from compress_search.stages import StageRunner
+from compress_search.workspace import Workspace
+
+CONFIGURATION = Path(__file__).parents[2] / "configs" / "digits.yaml"
+COARSE_STEP = 0.125
+LR_FACTORS = (0.5, 1.0, 2.0)
+CPU = "cpu"
+
+T = TypeVar("T")
+
+
+class DifferenceError(RuntimeError):
+    """A trial of the study and the pipeline of its own came to different results."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One study of a plan.
+
+    Attributes:
+        settings: How it searches.
+        n_trials: Its total.
+    """
+
+    settings: SearchSettings
+    n_trials: int
+
+
+def plans(settings: SearchSettings, n_trials: int) -> dict[str, tuple[Part, ...]]:
+    """The plans by name."""
+    variants = tuple(
+        replace(settings, final_fine_tune=replace(settings.fine_tune, lr=factor * settings.fine_tune.lr))
+        for factor in LR_FACTORS
+    )
+    return {
+        "default": (Part(settings, n_trials),),
+        "coarse": (Part(replace(settings, step=COARSE_STEP), n_trials),),
+        "variants": tuple(Part(variant, n_trials // len(LR_FACTORS)) for variant in variants),
+    }
+
+
+def compare(task: Task, plan: Sequence[Part], progress: Progress) -> Comparison:
+    """Run a plan both ways, each trial alone right after it ran in its study.
+
+    Raises:
+        DifferenceError: They do not come to the same.
+    """
+    total = sum(part.n_trials for part in plan)
+    creation, pipelines = Time(0.0, 0.0), []
+    with tempfile.TemporaryDirectory() as folder, progress.bar("pipelines", total) as advance:
+        for index, part in enumerate(plan):
+            study, took = timed(partial(new_study, f"study-{index}", task, part.settings, Path(folder)))
+            creation += took
+            for n_trials in range(1, part.n_trials + 1):
+                _, took = timed(partial(study.optimize, n_trials, progress=progress))
+                trial = finished_trials(study.optuna_study.get_trials(deepcopy=False))[-1]
+                name = str(trial.number) if len(plan) == 1 else f"{index}.{trial.number}"
+                pipeline = run_alone(task, name, trial, took, seed=part.settings.seed, progress=progress)
+                check_same(pipeline)
+                pipelines.append(pipeline)
+                alone = pipeline.alone_time.seconds
+                advance(f"trial {name}: {took.seconds:.1f} s in the study, {alone:.1f} s alone")
+    return Comparison(creation, tuple(pipelines))
+
+
+def new_study(name: str, task: Task, settings: SearchSettings, workspace: Path) -> CompressionStudy:
+    """Create a study with these settings."""
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return create_study(name, task, workspace=workspace, device=CPU, **given)
+
+
+def run_alone(
+    task: Task, name: str, trial: FrozenTrial, shared_time: Time, *, seed: int, progress: Progress
+) -> Pipeline:
+    """Run what a trial ran in a workspace that holds nothing.
+
+    Args:
+        task: The task.
+        name: What the trial is called.
+        trial: A trial that has ended; of one that was given up, the stages that it came to are run.
+        shared_time: What it took in its study.
+        seed: The study's seed.
+        progress: Where to show the stages.
+    """
+    shared = tuple(map(StageResult.from_dict, trial.user_attrs.get(STAGES, ())))
+    recipe = Recipe.from_dict(trial.user_attrs.get("recipe", []))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def pipeline() -> tuple[StageResult, ...]:
+            workspace = Workspace(Path(folder)).prepare()
+            runner = StageRunner(task, workspace, seed=seed, device=torch.device(CPU), progress=progress)
+            return runner.run(Recipe(recipe.stages[: len(shared)]))
+
+        alone, alone_time = timed(pipeline)
+    return Pipeline(name, trial.params, shared, shared_time, alone, alone_time)
+
+
+def check_same(pipeline: Pipeline) -> None:
+    """Make sure that reuse changed nothing.
+
+    Raises:
+        DifferenceError: It did.
+    """
+    for one, other in zip(pipeline.shared, pipeline.alone, strict=True):
+        for what in ("key", "accuracy", "macs", "params"):
+            if getattr(one, what) != getattr(other, what):
+                raise DifferenceError(
+                    f"Trial {pipeline.name}, {one.name}: {what} is {getattr(one, what)} in the study and "
+                    f"{getattr(other, what)} alone."
+                )
+
+
+def timed(work: Callable[[], T]) -> tuple[T, Time]:
+    """Do something; say how long it took."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    done = work()
+    return done, Time(time.perf_counter() - start, time.process_time() - cpu_start)
+
+
+def digits() -> tuple[Task, SearchSettings]:
+    """The digits study as it is shipped."""
+    config = StudyConfig.load(CONFIGURATION)
+    return config.load_task(), config.search
+
+
+def cifar10(images: int, epochs: int) -> tuple[Task, SearchSettings]:
+    """ResNet-20 on some of CIFAR-10's training images, for few epochs."""
+    train, _ = load_cifar10()
+    network = trained("resnet20", train)
+    seen, held_out = slice(images), slice(-VALIDATION_IMAGES, None)
+    task = Task(
+        name="cifar10",
+        model=network,
+        example_input=EXAMPLE,
+        train=AugmentedBatches(Images(train.pixels[seen], train.labels[seen])),
+        validation=whole_batches(Images(train.pixels[held_out], train.labels[held_out])),
+        calibration=whole_batches(Images(train.pixels[:1_000], train.labels[:1_000])),
+    )
+    return task, SearchSettings(target=0.5, fine_tune=FineTune(epochs=epochs))
+
+
+def main() -> None:
+    """Compare each plan; print the tables and write them."""
+    parser = argparse.ArgumentParser(description="A study with reuse against as many separate pipelines.")
+    parser.add_argument("--network", choices=("digits", "cifar10"), default="digits")
+    parser.add_argument("--plan", choices=("default", "coarse", "variants"), help="this one alone")
+    parser.add_argument("--trials", type=int, default=12, help="default 12")
+    parser.add_argument("--images", type=int, default=5_120, help="of cifar10, to train on (default 5120)")
+    parser.add_argument("--epochs", type=int, default=2, help="of cifar10's fine-tunings (default 2)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    task, settings = digits() if given.network == "digits" else cifar10(given.images, given.epochs)
+    found = {}
+    for name, plan in plans(settings, given.trials).items():
+        if given.plan in (None, name):
+            found[name] = compare(task, plan, Progress())
+            text = as_markdown(found, f"{given.network}, {given.trials} trials, one thread.")
+            given.folder.mkdir(parents=True, exist_ok=True)
+            (given.folder / f"reuse-{given.network}.md").write_text(text)
+            (given.folder / f"reuse-{given.network}.csv").write_text(as_csv(found))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
