@@ -34,6 +34,7 @@ from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.study import create_study, load_study
 from compress_search.search.variables import Choice, Range
+from compress_search.task import accuracy
 from compress_search.workspace import Workspace
 
 QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}
@@ -163,6 +164,38 @@ def test_checkpoints_have_to_be_some_time_apart(finished, seconds):
     study, *_ = finished
     with pytest.raises(StudyError, match="checkpoint_seconds is"):
         study.optimize(99, checkpoint_seconds=seconds)
+
+
+def test_a_trial_that_is_stopped_in_its_fine_tuning_goes_on_from_its_checkpoint(
+    create, tiny_task, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="compress_search")
+    until_stop = []
+
+    def evaluate(model, loader):
+        if until_stop and until_stop.pop() == "stop":
+            raise KeyboardInterrupt
+        return accuracy(model, loader)
+
+    def new(folder):
+        settings = {"fine_tune": FineTune(epochs=4), "selection": "uniform", "workspace": tmp_path / folder}
+        return create(task=tiny_task(evaluate=evaluate), **settings)
+
+    undisturbed, study = optimize(new("undisturbed"), 2), new("stopped")
+    until_stop += ["stop", *["go on"] * 4]
+    with pytest.raises(KeyboardInterrupt):
+        optimize(study, 2)
+    assert "goes on from its checkpoint" not in caplog.text
+    optimize(study, 2)
+    assert "goes on from its checkpoint: epoch" in caplog.text
+    found, wanted = (
+        sorted(c.accuracy for c in s.candidates() if c.state == "complete") for s in (study, undisturbed)
+    )
+    assert found == wanted and len(found) == 2
+    assert not list((study.workspace.root / "checkpoints").iterdir())
+    trials = study.optuna_study.trials
+    assert trials[0].user_attrs["reason"] == "interrupted: the search was stopped"
+    assert trials[0].user_attrs["epochs"] == 2
 
 
 def test_the_status_adds_up(finished):
