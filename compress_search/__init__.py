@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress_search.search.variables import Choice, Range
     from compress_search.selection.table import SensitivityTable
     from compress_search.task import Task, accuracy
+    from compress_search.training.own_function import TrainingJob
 
 __version__ = metadata.version("compress-search")
 
@@ -44,6 +45,7 @@ _HOMES = {
     "Range": "search.variables",
     "SensitivityTable": "selection.table",
     "Task": "task",
+    "TrainingJob": "training.own_function",
     "accuracy": "task",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "Recipe",
     "SensitivityTable",
     "Task",
+    "TrainingJob",
     "accuracy",
     "apply_plan",
     "compress",

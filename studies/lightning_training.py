@@ -34,8 +34,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress_search import FineTune, Task, create_study
-from compress_search.training.own_function import TrainingJob
+from compress_search import FineTune, Task, TrainingJob, create_study
 
 
 class Student(lightning.LightningModule):

@@ -49,27 +49,10 @@ def test_it_learns(train, tiny_net):
     assert score == task.score(model) > task.score(tiny_net())
 
 
-class StopAfter(StopSwitch):
-    """Is requested from the nth look on."""
-
-    def __init__(self, looks):
-        self.left = looks
-        super().__init__()
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-    @requested.setter
-    def requested(self, value):
-        pass
-
-
-def test_stopped_at_the_end_of_an_epoch_it_goes_on_there(train):
+def test_stopped_at_the_end_of_an_epoch_it_goes_on_there(train, stop_at):
     whole, *_ = train("whole")
     with pytest.raises(KeyboardInterrupt):
-        train("stopped", stop=StopAfter(7))
+        train("stopped", stop=stop_at(7))
     model, *_ = train("stopped")
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor)

@@ -18,7 +18,6 @@ from compress_search.exceptions import TrainingError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
-from compress_search.stopping import StopSwitch
 from compress_search.training.checkpoints import CheckpointFolder
 from compress_search.training.fine_tuning import fine_tune
 
@@ -119,33 +118,17 @@ def test_crashed_again_and_again(make, tmp_path, name):
     assert found == undisturbed
 
 
-class StopAt(StopSwitch):
-    """Is requested when it is looked at for the nth time."""
-
-    def __init__(self, looks):
-        self.left = looks
-        super().__init__()
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-    @requested.setter
-    def requested(self, value):
-        pass
-
-
 @pytest.mark.parametrize("seconds", [1e-9, 3600.0])
-def test_stopped_after_any_step_and_resumed(make, tmp_path, seconds):
+def test_stopped_after_any_step_and_resumed(make, stop_at, tmp_path, seconds):
     settings = settings_of("default")
     undisturbed = train(make(), settings)
-    for looks in range(EPOCHS * BATCHES):
+    # It looks after every batch, and after the end of every epoch.
+    for looks in range(EPOCHS * (BATCHES + 1)):
         folder = tmp_path / str(looks)
         with pytest.raises(KeyboardInterrupt):
-            train(make(), settings, folder, StopAt(looks), seconds=seconds)
+            train(make(), settings, folder, stop_at(looks), seconds=seconds)
         latest, _ = CheckpointFolder(folder).load()
-        assert latest.step == looks + 1
+        assert latest.step == looks + 1 - (looks + 1) // (BATCHES + 1)
         assert train(make(), settings, folder) == undisturbed, looks
 
 
@@ -192,9 +175,9 @@ def test_where_it_goes_on_is_told(make, tmp_path, caplog):
     assert "goes on from its checkpoint: epoch 2 of 3, batch 3 of 4" in caplog.text
 
 
-def test_without_a_folder_nothing_is_written_and_stopping_still_works(make):
+def test_without_a_folder_nothing_is_written_and_stopping_still_works(make, stop_at):
     with pytest.raises(KeyboardInterrupt):
-        train(make(), settings_of("default"), None, StopAt(3))
+        train(make(), settings_of("default"), None, stop_at(3))
 
 
 PROGRAM = """
