@@ -196,7 +196,7 @@ def test_the_value_without_a_search_is_one_of_the_range(low, width, step, log, p
     with warnings.catch_warnings():
         # FixedTrial warns of a value that the distribution does not have.
         warnings.simplefilter("error")
-        suggest(trial, "x", variable, NUMBER)
+        assert suggest(trial, "x", variable, NUMBER) == trial.params["x"]
 
 
 def test_a_trial_chooses_ratios_first_and_its_stages_have_the_values():
