@@ -156,7 +156,7 @@ class CompressionStudy:
 
         Raises:
             StudyError: No candidate is feasible, a number is not one of these, the study was loaded without
-                its task, the first trainings all failed alike, or the database failed.
+                its task, or the database failed.
             KeyboardInterrupt: Ctrl-C or SIGTERM. The same call goes on, and so does :meth:`optimize`.
         """
         if top_k < 1:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from compress_search.fingerprint import content_hash
 from compress_search.recipe import FineTune, Recipe
 from compress_search.results import Candidate, pareto_optimal
 from compress_search.search.history import FINALIST_OF, RECIPE, current_trials
@@ -73,11 +72,11 @@ def queue_finalists(study: optuna.Study, recipes: Mapping[int, Recipe]) -> None:
 
 def find_finalist(trials: Iterable[FrozenTrial], number: int, recipe: Recipe) -> FrozenTrial | None:
     """Return the last finalist of a trial with a recipe, if there is one."""
-    wanted = content_hash(recipe.to_dict())
     found = [
         trial
         for trial in current_trials(trials)
-        if trial.user_attrs.get(FINALIST_OF) == number and content_hash(trial.user_attrs[RECIPE]) == wanted
+        if trial.user_attrs.get(FINALIST_OF) == number
+        and Recipe.from_dict(trial.user_attrs[RECIPE]) == recipe
     ]
     return found[-1] if found else None
 

@@ -134,7 +134,11 @@ def _run_trials(
                 continue
             note, error = ended
             advance(note)
-            shown += not is_finalist(trial)
+            if is_finalist(trial):
+                # Not counted, and not queued again if it failed: settings that ruin every finalist, such as
+                # its learning rate, must not stand in the way of the search.
+                continue
+            shown += 1
             if len(first_ends) < _TELLING_FAILURES:
                 first_ends.append((trial, error))
                 _stop_if_all_fail_alike(study, first_ends)

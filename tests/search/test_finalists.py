@@ -252,24 +252,25 @@ def test_a_finalist_that_another_process_runs_is_waited_for(
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
 
 
-def test_a_finalist_that_failed_is_tried_again_when_it_is_asked_for_again(
+def test_finalists_that_failed_are_tried_again_only_when_they_are_asked_for_again(
     new_study, objective, runner, finalize
 ):
     study = new_study()
-    search(study, objective(runner), 2)
+    search(study, objective(runner), 3)
 
     def fail(stage):
         raise ValueError("no memory")
 
     runner.before_stage = fail
-    failed = finalize(study, runner)
-    assert [trial.state.name for trial in failed] == ["FAIL"] * 2
+    # Three that fail alike would end a search.
+    failed = finalize(study, runner, (0, 1, 2))
+    assert [trial.state.name for trial in failed] == ["FAIL"] * 3
     assert "no memory" in failed[0].user_attrs["reason"]
-    search(study, objective(runner), 2)
-    assert len(study.trials) == 4
     runner.before_stage = lambda stage: None
-    assert [trial.number for trial in finalize(study, runner)] == [4, 5]
-    assert {trial.state.name for trial in study.trials[4:]} == {"COMPLETE"}
+    search(study, objective(runner), 4)
+    assert [trial.state.name for trial in study.trials[6:]] == ["COMPLETE"]
+    assert [trial.number for trial in finalize(study, runner, (0, 1, 2))] == [7, 8, 9]
+    assert {trial.state.name for trial in study.trials[7:]} == {"COMPLETE"}
 
 
 @pytest.fixture
