@@ -13,6 +13,8 @@ import compress_search
 ORDER = (
     "exceptions",
     "workspace",
+    "worker_process",
+    "leases",
     "checkpoint",
     "fingerprint",
     "profile",

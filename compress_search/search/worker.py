@@ -25,13 +25,13 @@ from compress_search.progress import Progress
 from compress_search.search.history import REASON, TRACEBACK, WORKER, finished_trials
 from compress_search.search.recovery import (
     STOPPED,
-    Worker,
     drop_if_duplicate,
     interrupt,
     queue_retry,
     recover,
 )
 from compress_search.search.storage import HEARTBEAT_SECONDS
+from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
 
