@@ -12,8 +12,9 @@ from torch import nn
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.checkpoint import load_weights
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import PlanError, StudyError, WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
 
 MADE_AGAIN = (
     "Run the same study under another name in this workspace: it reuses every stage that is whole, and "
@@ -111,7 +112,10 @@ class Candidate:
             StudyError: The candidate did not complete.
             PlanError: The file is gone or damaged.
         """
-        return CompressionPlan.load(self._finished_folder() / "plan.json")
+        folder = self._finished_folder()
+        if fault := _fault_in_store(folder, PLAN):
+            raise PlanError(self._damaged(folder, fault))
+        return CompressionPlan.load(folder / PLAN)
 
     @property
     def weights(self) -> Path:
@@ -119,8 +123,12 @@ class Candidate:
 
         Raises:
             StudyError: The candidate did not complete.
+            WorkspaceError: The file is damaged.
         """
-        return self._finished_folder() / "weights.safetensors"
+        folder = self._finished_folder()
+        if fault := _fault_in_store(folder, WEIGHTS):
+            raise WorkspaceError(self._damaged(folder, fault))
+        return folder / WEIGHTS
 
     def load_model(self, original: nn.Module | None = None) -> nn.Module:
         """Rebuild the compressed model and load its weights.
@@ -155,6 +163,9 @@ class Candidate:
                 "Choose a complete one: study.front()."
             )
         return self.folder
+
+    def _damaged(self, folder: Path, fault: str) -> str:
+        return f"The stored model of trial {self.number}, {str(folder)!r}, is damaged: {fault}. {MADE_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -271,6 +282,13 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         for row in [header, *rows]
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _fault_in_store(folder: Path, name: str) -> str | None:
+    # A file that is gone is named by who reads it, and a folder without checksums is not one of the store.
+    if not all((folder / needed).is_file() for needed in (RESULT, name)):
+        return None
+    return fault_of(folder, (name,))
 
 
 def _by_macs_then_accuracy(candidate: Candidate) -> tuple[float, float, int]:

@@ -17,6 +17,7 @@ ORDER = (
     "leases",
     "checkpoint",
     "fingerprint",
+    "stage_files",
     "profile",
     "surgery",
     "weight_sharing",
