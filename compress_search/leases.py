@@ -264,6 +264,21 @@ def waiting_files(lease: Path) -> list[Path]:
     return sorted(lease.parent.glob(f"{lease.name}.waiting-*"))
 
 
+def is_abandoned(waiting: Path) -> bool:
+    """Whether the process whose file this is does not wait any more, as far as one look can tell."""
+    lease = Lease.read(waiting)
+    return lease is not None and lease.holder.is_known_dead()
+
+
+def remove_lease(lease: LeaseFile) -> bool:
+    """Remove a lease that nobody holds any more.
+
+    Returns:
+        Whether it was removed; if not, somebody else has removed it, or taken it over.
+    """
+    return _remove(lease.file, None if lease.lease is None else lease.lease.token)
+
+
 def _take(file: Path, what: str) -> _Held | None:
     """Make the lease; ``None`` if another process has it."""
     lease = Lease.of_this_process(what)

@@ -47,6 +47,7 @@ ORDER = (
     "stage_store",
     "layer_by_layer",
     "stages",
+    "stage_inventory",
     "task_path",
     "yaml_settings",
     "reports",
