@@ -12,8 +12,9 @@ from torch import nn
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.checkpoint import load_weights
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import PlanError, StudyError, WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
 
 MADE_AGAIN = (
     "Run the same study under another name in this workspace: it reuses every stage that is whole, and "
@@ -113,7 +114,10 @@ class Candidate:
             StudyError: The candidate did not complete.
             PlanError: The file is gone or damaged.
         """
-        return CompressionPlan.load(self._finished_folder() / "plan.json")
+        folder = self._finished_folder()
+        if fault := _fault_in_store(folder, PLAN):
+            raise PlanError(self._damaged(folder, fault))
+        return CompressionPlan.load(folder / PLAN)
 
     @property
     def weights(self) -> Path:
@@ -121,8 +125,12 @@ class Candidate:
 
         Raises:
             StudyError: The candidate did not complete.
+            WorkspaceError: The file is damaged.
         """
-        return self._finished_folder() / "weights.safetensors"
+        folder = self._finished_folder()
+        if fault := _fault_in_store(folder, WEIGHTS):
+            raise WorkspaceError(self._damaged(folder, fault))
+        return folder / WEIGHTS
 
     def load_model(self, original: nn.Module | None = None) -> nn.Module:
         """Rebuild the compressed model and load its weights.
@@ -157,6 +165,9 @@ class Candidate:
                 "Choose a complete one: study.front()."
             )
         return self.folder
+
+    def _damaged(self, folder: Path, fault: str) -> str:
+        return f"The stored model of trial {self.number}, {str(folder)!r}, is damaged: {fault}. {MADE_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -288,6 +299,13 @@ def param_names(candidates: Iterable[Candidate]) -> list[str]:
 def format_param(value: float | int | str) -> str:
     """Write the value of a search variable for people: four digits of a fraction, anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _fault_in_store(folder: Path, name: str) -> str | None:
+    # A file that is gone is named by who reads it, and a folder without checksums is not one of the store.
+    if not all((folder / needed).is_file() for needed in (RESULT, name)):
+        return None
+    return fault_of(folder, (name,))
 
 
 def _by_macs_then_accuracy(candidate: Candidate) -> tuple[float, float, int]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from compress_search import __version__
 from compress_search.cli import (
+    cache,
     configs,
     dashboard,
     export,
@@ -25,7 +26,7 @@ from compress_search.cli import (
 )
 from compress_search.exceptions import CompressSearchError
 
-COMMANDS = (run, resume, finalize, status, report, dashboard, export, configs, validate)
+COMMANDS = (run, resume, finalize, status, report, dashboard, export, cache, configs, validate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after ``compress-search``; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 (the study has no answer yet), 2 (an error, told on stderr) or 130 (Ctrl-C).
+        The exit status: 0, 1 (the study has no answer yet; damaged stages were found), 2 (an error, told on
+        stderr) or 130 (Ctrl-C).
     """
     parser = argparse.ArgumentParser(
         prog="compress-search",

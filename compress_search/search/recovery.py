@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -32,6 +28,7 @@ from compress_search.search.history import (
     is_finalist,
 )
 from compress_search.search.storage import GRACE_SECONDS
+from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
 
@@ -39,43 +36,6 @@ MOST_RETRIES = 3
 """A trial whose process died this often in a row, with no stage or epoch more, is left failed."""
 
 DIED, STOPPED = "died", "stopped"
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A process that runs trials.
-
-    Attributes:
-        host: Name of its machine.
-        pid: Its process id.
-        started: When it started, in seconds since 1970: process ids are used again.
-    """
-
-    host: str
-    pid: int
-    started: float
-
-    @classmethod
-    def this_process(cls) -> Worker:
-        """Describe the process that asks."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON-able values."""
-        return {"host": self.host, "pid": self.pid, "started": self.started}
-
-    def is_known_dead(self) -> bool:
-        """Whether it ran on this machine and does not any more. Of other machines nothing is known."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            another = abs(process.create_time() - self.started) > 1
-            return bool(another or process.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.AccessDenied:
-            return False
 
 
 def recover(study: optuna.Study) -> list[FrozenTrial]:

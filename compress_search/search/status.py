@@ -14,7 +14,7 @@ from compress_search.recipe import FineTune
 from compress_search.results import Candidate, Reference, StageResult, format_param, param_names
 from compress_search.search.candidates import STATES
 from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials, is_finalist
-from compress_search.search.recovery import Worker
+from compress_search.worker_process import Worker
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from compress_search.search.identity import (
 )
 from compress_search.search.objective import METRICS
 from compress_search.search.settings import SearchSettings
+from compress_search.search.stage_uses import remember_database
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.variables import Choice, Range
 from compress_search.stages import StageRunner
@@ -155,6 +156,8 @@ def create_study(
         identity = Identity(_task_identity(task, runner), settings, runner.reference, current_versions())
         study = _create(database, name, identity)
     identity = check_same(study, task=_task_identity(task, runner), settings=settings)
+    if storage is not None:
+        remember_database(place, name, storage)
     return CompressionStudy(
         study, storage=database, workspace=place, identity=identity, task=task, device=where
     )

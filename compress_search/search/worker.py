@@ -33,7 +33,6 @@ from compress_search.search.history import (
 )
 from compress_search.search.recovery import (
     STOPPED,
-    Worker,
     drop_if_duplicate,
     interrupt,
     queue_retry,
@@ -41,6 +40,7 @@ from compress_search.search.recovery import (
 )
 from compress_search.search.storage import HEARTBEAT_SECONDS
 from compress_search.stopping import StopSwitch
+from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
 

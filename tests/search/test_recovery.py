@@ -11,7 +11,8 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from compress_search.search.recovery import Worker, drop_if_duplicate, queue_retry, recover
+from compress_search.search.recovery import drop_if_duplicate, queue_retry, recover
+from compress_search.worker_process import Worker
 
 
 def running(study, worker=None, *, heartbeat="now"):

@@ -29,12 +29,12 @@ from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
 from compress_search.results import Reference
 from compress_search.search.identity import DIRECTIONS
-from compress_search.search.recovery import Worker
 from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.study import create_study, load_study
 from compress_search.search.variables import Choice, Range
 from compress_search.task import accuracy
+from compress_search.worker_process import Worker
 from compress_search.workspace import Workspace
 
 QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}

@@ -17,10 +17,11 @@ from compress_search.exceptions import StudyError
 from compress_search.progress import Progress
 from compress_search.search import worker
 from compress_search.search.history import current_trials, finished_trials
-from compress_search.search.recovery import MOST_RETRIES, Worker
+from compress_search.search.recovery import MOST_RETRIES
 from compress_search.search.space import enqueue_anchors
 from compress_search.search.worker import run_trials
 from compress_search.stopping import StopSwitch
+from compress_search.worker_process import Worker
 
 
 class Killed(BaseException):
