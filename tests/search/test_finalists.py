@@ -286,7 +286,7 @@ def create(tiny_task, tmp_path):
 
 def test_a_finalist_is_never_worse_than_the_candidate_it_comes_from(create, monkeypatch):
     study = create()
-    study.optimize(4, progress=quiet(), stop=StopSwitch())
+    study.optimize(4, progress=quiet())
     scores = []
     score = Task.score
 
@@ -297,7 +297,7 @@ def test_a_finalist_is_never_worse_than_the_candidate_it_comes_from(create, monk
     monkeypatch.setattr(Task, "score", recorded)
     # A learning rate that hardly any network survives.
     ruin = FineTune(epochs=1, lr=30.0, warmup=0.0, momentum=0.0, gradient_clip=100.0)
-    finalists = study.finalize(top_k=2, settings=ruin, progress=quiet(), stop=StopSwitch())
+    finalists = study.finalize(top_k=2, settings=ruin, progress=quiet())
     monkeypatch.undo()
     origins = {c.number: c for c in study.candidates()}
     assert len(finalists) == 2 and len(scores) == 6
@@ -312,9 +312,9 @@ def test_a_finalist_is_never_worse_than_the_candidate_it_comes_from(create, monk
 
 def test_finalists_take_part_in_everything_that_a_study_is_asked_for(create, tmp_path, monkeypatch):
     study = create(final_fine_tune=FineTune(epochs=1, lr=1e-6))
-    study.optimize(4, progress=quiet(), stop=StopSwitch())
+    study.optimize(4, progress=quiet())
     before = study.candidates()
-    finalists = study.finalize(2, 4, settings=FineTune(lr=0.05), progress=quiet(), stop=StopSwitch())
+    finalists = study.finalize(2, 4, settings=FineTune(lr=0.05), progress=quiet())
     assert [f.finalist_of for f in finalists] == [c.number for c in choose_origins(before, 2)]
     assert [f.number for f in finalists] == [4, 5]
     assert study.candidates() == (*before, *finalists)
@@ -342,7 +342,7 @@ def test_finalists_take_part_in_everything_that_a_study_is_asked_for(create, tmp
 
 def test_by_default_a_finalist_keeps_the_last_learning_rate_for_thirty_epochs(create, monkeypatch):
     study = create(fine_tune=FineTune(epochs=0), variables={"final_fine_tune.lr": Range(0.001, 0.1)})
-    study.optimize(1, progress=quiet(), stop=StopSwitch())
+    study.optimize(1, progress=quiet())
     queued = []
     module = "compress_search.search.compression_study"
     monkeypatch.setattr(f"{module}.queue_finalists", lambda _, recipes: queued.append(recipes))
