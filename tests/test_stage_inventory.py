@@ -83,7 +83,7 @@ def write(workspace, age):
     return make
 
 
-def pruned(workspace, uses=StageUses(), **options):
+def pruned(workspace, uses, **options):
     """Names of what is to go, with the reasons."""
     removals = what_to_prune(take_inventory(workspace, uses), now=NOW, **options)
     return {removal.item.path.name: removal.why for removal in removals}
