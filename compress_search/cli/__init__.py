@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after ``compress-search``; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 (the study has no answer yet; damaged stages were found), 2 (an error, told on
-        stderr) or 130 (Ctrl-C).
+        The exit status: 0, 1 (the study has no answer yet, or `cache verify` found damage), 2 (an error,
+        told on stderr) or 130 (Ctrl-C).
     """
     parser = argparse.ArgumentParser(
         prog="compress-search",

@@ -154,9 +154,9 @@ def verify_stages(args: argparse.Namespace) -> int:
             print(f"  set aside as {one.aside}")
         print(f"  affected: {_users(one.uses, states=True) or 'no trial'}")
     print(
-        "\nTrials that run or wait compute these stages again. The model of a finished trial cannot be "
-        "loaded until they are: run the same study under another name in this workspace, which reuses all "
-        "the others."
+        "\nA trial that needs one of these computes it again. The model of a finished trial that ended with "
+        "one cannot be loaded until then: run the same study under another name in this workspace, which "
+        "reuses every stage that is whole."
     )
     return 1
 

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from compress_search.exceptions import StudyError, TaskError
 from compress_search.export import ExportFiles, export_candidate
+from compress_search.leases import lease_files
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
@@ -208,6 +209,7 @@ class CompressionStudy:
             reference=self.reference,
             wanted=self.optuna_study.user_attrs.get(_WANTED),
             best=front.choose() if len(front) else None,
+            leases=lease_files(self.workspace.stages),
         )
 
     def test(self, candidate: Candidate) -> TestScore:

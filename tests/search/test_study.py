@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import logging
+import re
 from functools import partial
 
 import optuna
@@ -24,6 +25,7 @@ from compress_search.exceptions import (
     TaskError,
     WorkspaceError,
 )
+from compress_search.leases import Lease
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
@@ -212,6 +214,14 @@ def test_the_status_adds_up(finished):
         "fine_tune after channel_pruning",
     }
     assert status.reused_stages == sum(s.reused for s in stages)
+    assert status.computed_stages == sum(not s.reused for s in stages)
+    saved = sum(s.seconds for s in stages if s.reused)
+    assert status.seconds_saved == pytest.approx(saved)
+    assert status.share_saved == pytest.approx(saved / sum(s.seconds for s in stages))
+    assert f"Reused: {status.reused_stages} of {len(stages)} stages, which saved " in str(status)
+    assert f": {100 * status.share_saved:.0f} % of what computing all of them takes." in str(status)
+    for kind in status.stages:
+        assert re.search(rf"^{kind.name} +{kind.computed} .* {kind.reused} ", str(status), re.MULTILINE)
     assert status.best == study.best()
     assert f"trial {status.best.number} (c_ssvd " in str(status)
 
@@ -479,3 +489,32 @@ def test_the_status_tells_a_trial_whose_process_is_gone_from_a_running_one(creat
     text = str(study.status())
     assert "Running: trial 0, finished so far: nothing." in text
     assert "Abandoned (its process is gone; resume runs it again): trial 1," in text
+
+
+def test_the_status_tells_who_computes_what_and_who_waits_for_it(create):
+    study = create()
+    storage, number = study.optuna_study._storage, study.optuna_study._study_id
+    here = Worker.this_process()
+    elsewhere, stranger, dead = (
+        dataclasses.replace(here, **changes)
+        for changes in ({"host": "elsewhere"}, {"host": "strange"}, {"started": 1.0})
+    )
+    for worker in (here, elsewhere, dead):
+        trial = storage.create_new_trial(number)
+        storage.set_trial_user_attr(trial, "worker", worker.to_dict())
+
+    def write(name, holder, since=0.0):
+        lease = Lease("spatial_svd", holder, "token", since)
+        (study.workspace.stages / name).write_text(lease.to_json())
+
+    write("a.lease", here, since=1.0)
+    write("a.lease.waiting-1", elsewhere)
+    write("a.lease.waiting-2", stranger)
+    write("b.lease", elsewhere, since=2.0)
+    write("c.lease", stranger)
+    write("d.lease", dead)
+    first, second = study.status().computing
+    assert first.startswith(f"Being computed: spatial_svd, by process {here.pid} on {here.host} since ")
+    assert first.endswith(f" for trial 0; trial 1, process {here.pid} on strange wait for it.")
+    assert second.endswith(" for trial 1.")
+    assert first in str(study.status())
