@@ -21,6 +21,7 @@ from compress_search.reports.layers import LayerRow, layer_table
 from compress_search.reports.page import ReportFiles, write_report
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
+from compress_search.search.claims import claiming
 from compress_search.search.finalists import (
     choose_origins,
     finalist_recipe,
@@ -125,7 +126,9 @@ class CompressionStudy:
             raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
         self._needed_task("optimize")
         self.optuna_study.set_user_attr(_WANTED, n_trials)
-        enqueue_anchors(self.optuna_study, self.settings)
+        with claiming(self.optuna_study):
+            # Two processes that begin at the same time would both find that none is queued.
+            enqueue_anchors(self.optuna_study, self.settings)
         self._run(n_trials, timeout=timeout, checkpoint_seconds=checkpoint_seconds, progress=progress)
 
     def finalize(

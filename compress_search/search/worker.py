@@ -22,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 from compress_search.exceptions import RatioError, StudyError
 from compress_search.progress import Progress
 from compress_search.results import format_param
+from compress_search.search.claims import claiming
 from compress_search.search.history import (
     REASON,
     RETRY_OF,
@@ -103,7 +104,8 @@ def run_trials(
 def _run_trials(
     study: optuna.Study, objective: Objective, n_trials: int, deadline: float | None, progress: Progress
 ) -> None:
-    trials = recover(study)
+    with claiming(study):
+        trials = recover(study)
     shown, finalists = len(finished_trials(trials)), len(pending_finalists(trials))
     if shown >= n_trials and not finalists:
         logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
@@ -111,21 +113,24 @@ def _run_trials(
     first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
     with progress.bar("trials", max(n_trials, shown) + finalists, done=shown) as advance:
         while deadline is None or time.monotonic() < deadline:
-            trials = recover(study)
-            finished = len(finished_trials(trials))
+            # From the count to the claim nobody else may claim.
+            with claiming(study):
+                trials = recover(study)
+                finished, pending = len(finished_trials(trials)), pending_finalists(trials)
+                running = sum(t.state == TrialState.RUNNING and not is_finalist(t) for t in trials)
+                is_over = finished >= n_trials and not pending
+                only_finalists = finished + running >= n_trials
+                nothing_waits = only_finalists and all(t.state == TrialState.RUNNING for t in pending)
+                trial = None if nothing_waits else _claim(study, only_finalists=only_finalists)
             for _ in range(shown, finished):
                 advance("by another process")
             shown = max(shown, finished)
-            pending = pending_finalists(trials)
-            if finished >= n_trials and not pending:
+            if is_over:
                 return
-            running = sum(t.state == TrialState.RUNNING and not is_finalist(t) for t in trials)
-            only_finalists = finished + running >= n_trials
-            if only_finalists and all(trial.state == TrialState.RUNNING for trial in pending):
+            if nothing_waits:
                 # What the others run may still be interrupted, and then it has to be taken over.
                 time.sleep(_WAITING_SECONDS)
                 continue
-            trial = _claim(study, only_finalists=only_finalists)
             if trial is None or drop_if_duplicate(study, trial):
                 continue
             ended = _run(study, trial, objective)

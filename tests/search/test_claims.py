@@ -1,0 +1,55 @@
+"""Several real processes share a study, and end it with exactly the trials that were asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from compress_search.search.history import finished_trials
+
+N_TRIALS = 12
+
+PROGRAM = """
+import io, pathlib, sys, time
+import optuna
+from rich.console import Console
+from compress_search.progress import Progress
+from compress_search.search import worker
+from compress_search.search.storage import open_storage
+from compress_search.stopping import StopSwitch
+from compress_search.workspace import Workspace
+
+folder, n_trials = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+study = optuna.load_study(
+    study_name="study", storage=open_storage(f"sqlite:///{folder / 'study.db'}", Workspace(folder))
+)
+print("ready", flush=True)
+while not (folder / "go").exists():
+    time.sleep(0.001)
+claim = worker._claim
+
+def claim_late(*args, **options):
+    # So long that without a lock the others surely count before this one has claimed.
+    time.sleep(0.05)
+    return claim(*args, **options)
+
+worker._claim = claim_late
+objective = lambda trial: (trial.suggest_float("x", 0, 1), 0.5)
+progress = Progress(Console(file=io.StringIO()))
+worker.run_trials(study, objective, n_trials=n_trials, progress=progress, stop=StopSwitch())
+"""
+
+
+def test_processes_that_claim_at_the_same_time_do_not_overshoot_the_total(new_study, tmp_path):
+    study = new_study()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(N_TRIALS)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == b"ready\n"
+    (tmp_path / "go").touch()
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0] * 4
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * N_TRIALS
+    assert len(finished_trials(study.trials)) == N_TRIALS
+    assert len({trial.user_attrs["worker"]["pid"] for trial in study.trials}) > 1
