@@ -1,7 +1,7 @@
 """One process at a time decides what to run next, so that a study's total is never overshot.
 
-How many trials are finished or running is counted, and then one is claimed. Were two processes to do so at the
-same time, both would count the same, and both would claim the last trial.
+How many trials are finished or running is counted, and then one is claimed. Were two processes to do so at
+the same time, both would count the same, and both would claim the last trial.
 """
 
 from __future__ import annotations

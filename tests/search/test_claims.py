@@ -7,7 +7,7 @@ import sys
 
 from compress_search.search.history import finished_trials
 
-N_TRIALS = 12
+N_TRIALS = 6
 
 PROGRAM = """
 import io, pathlib, sys, time
@@ -30,7 +30,7 @@ claim = worker._claim
 
 def claim_late(*args, **options):
     # So long that without a lock the others surely count before this one has claimed.
-    time.sleep(0.05)
+    time.sleep(0.3)
     return claim(*args, **options)
 
 worker._claim = claim_late
