@@ -23,10 +23,11 @@ from compress_search.cli import (
     run,
     status,
     validate,
+    worker,
 )
 from compress_search.exceptions import CompressSearchError
 
-COMMANDS = (run, resume, finalize, status, report, dashboard, export, cache, configs, validate)
+COMMANDS = (run, resume, worker, finalize, status, report, dashboard, export, cache, configs, validate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (any(word.startswith("-") for word in rest) or "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        # argparse does not find the words of a list again that come after an option.
+        args.overrides += rest
     try:
         exit_status: int = args.main(args)
         sys.stdout.flush()

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.cli.workers import add_workers_options, prepare, run_workers
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,15 +21,23 @@ def add_parser(subparsers: Any) -> None:
     )
     add_study_argument(parser)
     parser.add_argument("--n-trials", type=int, metavar="N", help="a new total number of finished trials")
+    add_workers_options(parser)
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Resume the study."""
     place = find_study(args)
-    from compress_search.cli.session import search_and_answer
-
+    if args.workers is not None:
+        words = ["resume", str(place.folder)]
+        words += [] if place.storage is None else ["--storage", place.storage]
+        words += [] if args.n_trials is None else ["--n-trials", str(args.n_trials)]
+        return run_workers(words, workers=args.workers, restarts=args.restarts)
     config = place.config()
     if args.n_trials is not None:
         config = dataclasses.replace(config, n_trials=args.n_trials)
+    if args.prepare is not None:
+        return prepare(config, args.prepare)
+    from compress_search.cli.session import search_and_answer
+
     return search_and_answer(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from compress_search.cli.workers import add_workers_options, prepare, run_workers
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -19,14 +21,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a value of the file: fine_tune.epochs=6"
     )
+    add_workers_options(parser)
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the study."""
+    if args.workers is not None:
+        words = ["run", args.config, *args.overrides]
+        return run_workers(words, workers=args.workers, restarts=args.restarts)
     from compress_search.config import StudyConfig
 
     config = StudyConfig.load(args.config, args.overrides)
+    if args.prepare is not None:
+        return prepare(config, args.prepare)
     from compress_search.cli.session import search_and_answer
 
     return search_and_answer(config)

@@ -26,6 +26,25 @@ def search_and_answer(config: StudyConfig) -> int:
     return work_and_answer(config, search)
 
 
+def open_study(config: StudyConfig) -> CompressionStudy:
+    """Create the study of a configuration, or continue it, and save the configuration in its folder.
+
+    Raises:
+        CompressSearchError: Something is wrong with the task, the workspace or the stored study.
+    """
+    settings = {item.name: getattr(config.search, item.name) for item in dataclasses.fields(config.search)}
+    study = create_study(
+        config.name,
+        config.load_task(),
+        workspace=config.workspace,
+        storage=config.storage,
+        device=config.device,
+        **settings,
+    )
+    config.save(study.folder / "config.yaml")
+    return study
+
+
 def work_and_answer(config: StudyConfig, work: Callable[[CompressionStudy, Progress], None]) -> int:
     """Open or create the study of a configuration, work on it, and tell what came of it.
 
@@ -39,18 +58,9 @@ def work_and_answer(config: StudyConfig, work: Callable[[CompressionStudy, Progr
     Raises:
         CompressSearchError: Something is wrong with the task, the workspace or the stored study.
     """
-    settings = {item.name: getattr(config.search, item.name) for item in dataclasses.fields(config.search)}
     with logging_to_terminal() as console:
         try:
-            study = create_study(
-                config.name,
-                config.load_task(),
-                workspace=config.workspace,
-                storage=config.storage,
-                device=config.device,
-                **settings,
-            )
-            config.save(study.folder / "config.yaml")
+            study = open_study(config)
             with logging_to_file(study.folder / "study.log"):
                 work(study, Progress(console))
                 return print_answer(study, config.max_drop)
