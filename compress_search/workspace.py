@@ -5,6 +5,7 @@ Layout::
     runs/                      the workspace
       study.db                 the Optuna studies (SQLite)
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
+      stages/<key>.lease         somebody computes this stage now
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
