@@ -6,7 +6,7 @@ Layout::
       study.db                 the Optuna studies (SQLite)
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
       checkpoints/<key>/       one fine-tuning that is not finished
-      stages/<key>.lease         somebody computes this stage now
+      stages/<key>.lease      somebody computes this stage now
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
