@@ -15,17 +15,17 @@ from compress_search.exceptions import StudyError, StudyMismatchError
 from compress_search.fingerprint import content_hash
 from compress_search.results import ParetoFront
 from compress_search.search.candidates import STATES, candidate_of
-from compress_search.search.history import RETRY_OF, STAGES, current_trials
+from compress_search.search.history import FINALIST_OF, RETRY_OF, STAGES, current_trials
 from compress_search.search.identity import Identity, is_foreign, load_identity
 from compress_search.search.storage import open_storage, parse_url
-from compress_search.stage_inventory import CHECKPOINTS, StageUses, Use
+from compress_search.stage_inventory import StageUses, Use
 from compress_search.workspace import Workspace, write_json_atomically
 
 _ELSEWHERE = "database.json"
 """File in the folder of a study whose database is not the workspace's."""
 _STUDY_FILES = (_ELSEWHERE, "config.yaml", "study.log", "report.html")
 """A folder of the workspace that has one of these is a study's."""
-_GOES_ON_FROM = (RETRY_OF, "finalist_of")
+_GOES_ON_FROM = (RETRY_OF, FINALIST_OF)
 """User attributes that name the trial whose stages another one begins with."""
 _DAY = 86_400.0
 
@@ -161,7 +161,7 @@ def _unfinished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 def _study_folders(workspace: Workspace) -> list[Path]:
     if not workspace.root.is_dir():
         return []
-    own = {workspace.stages.name, workspace.tables.name, CHECKPOINTS}
+    own = {workspace.stages.name, workspace.tables.name, workspace.checkpoints.name}
     return [
         path
         for path in sorted(workspace.root.iterdir())
