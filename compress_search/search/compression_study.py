@@ -33,6 +33,7 @@ from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
 from compress_search.search.space import enqueue_anchors, trials_in_reach
 from compress_search.search.status import StudyStatus, status_of
+from compress_search.search.trial_history import TrialHistory, trial_history
 from compress_search.search.worker import run_trials
 from compress_search.stages import StageRunner
 from compress_search.stopping import StopSwitch
@@ -213,6 +214,18 @@ class CompressionStudy:
             best=front.choose() if len(front) else None,
             leases=lease_files(self.workspace.stages),
         )
+
+    def trial_history(self, number: int) -> TrialHistory:
+        """Tell what became of one trial, and why.
+
+        Args:
+            number: Of the trial, as in the tables and the dashboard.
+
+        Raises:
+            StudyError: There is no such trial; the message says which there are.
+        """
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        return trial_history(trials, number, study=self.name, stages=self.workspace.stages)
 
     def test(self, candidate: Candidate) -> TestScore:
         """Evaluate a candidate and the original on the test data, once; later calls read what was stored.
