@@ -15,8 +15,8 @@ How much is shared depends on what the trials ask for, so there are three plans:
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
-The tables go to ``runs/benchmarks``, as Markdown and as CSV; ``--plan`` runs one plan alone. Nothing else is kept: a time that was
-measured in parts is none.
+The tables go to ``runs/benchmarks``, as Markdown and as CSV; ``--plan`` runs one plan alone. Nothing else is
+kept: a time that was measured in parts is none.
 """
 
 from __future__ import annotations
