@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from compress_search.recipe import Compress, FineTune, Recipe
     from compress_search.results import Candidate, ParetoFront
     from compress_search.search.study import CompressionStudy, create_study, load_study
+    from compress_search.search.variables import Choice, Range
     from compress_search.selection.table import SensitivityTable
     from compress_search.task import Task, accuracy
+    from compress_search.training.own_function import TrainingJob
 
 __version__ = metadata.version("compress-search")
 
@@ -39,13 +41,17 @@ _HOMES = {
     "CompressionStudy": "search.study",
     "create_study": "search.study",
     "load_study": "search.study",
+    "Choice": "search.variables",
+    "Range": "search.variables",
     "SensitivityTable": "selection.table",
     "Task": "task",
+    "TrainingJob": "training.own_function",
     "accuracy": "task",
 }
 
 __all__ = [
     "Candidate",
+    "Choice",
     "Compress",
     "CompressSearchError",
     "CompressionPlan",
@@ -53,9 +59,11 @@ __all__ = [
     "FineTune",
     "ModelProfile",
     "ParetoFront",
+    "Range",
     "Recipe",
     "SensitivityTable",
     "Task",
+    "TrainingJob",
     "accuracy",
     "apply_plan",
     "compress",

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress_search.calibration import with_best_batchnorm
+from compress_search.disk_space import write_when_there_is_room
 from compress_search.exceptions import ConfigError
 from compress_search.fingerprint import content_hash, model_fingerprint
 from compress_search.memory_layout import in_quickest_layout
@@ -209,9 +210,14 @@ def sensitivity_table(analysis: Analysis, stage: Compress, source: TableSource) 
     if source.store is None:
         return SensitivityTable(_measure(analysis, stage, source, {}, lambda _: None), fingerprint)
     store, identity = source.store, _identity(fingerprint, stage, source)
+
+    def keep(cells: Sequence[Cell]) -> None:
+        say = (source.progress or Progress()).say
+        write_when_there_is_room(lambda: store.append(identity, cells), store.workspace.root, say=say)
+
     with store.measuring(identity):
         known = store.cells(identity)
-        cells = _measure(analysis, stage, source, known, lambda found: store.append(identity, found))
+        cells = _measure(analysis, stage, source, known, keep)
     return SensitivityTable(cells, fingerprint)
 
 

@@ -22,14 +22,15 @@ from typing import Any, TypeVar
 import yaml
 
 from compress_search.exceptions import ConfigError, StudyError, TaskError
-from compress_search.search.settings import SearchSettings
+from compress_search.search.settings import TUNINGS, SearchSettings, searchable
 from compress_search.search.storage import parse_url
 from compress_search.search.study import check_name, choose_device
+from compress_search.search.variables import Choice, Range
 from compress_search.task import Task
 from compress_search.task_path import load_task, resolve_task_path
 from compress_search.training.trainer import CHECKPOINT_SECONDS
 from compress_search.workspace import default_workspace, write_text_atomically
-from compress_search.yaml_settings import apply_overrides, build, parse_yaml, unknown_keys
+from compress_search.yaml_settings import apply_overrides, build, converted, parse_yaml, unknown_keys
 
 T = TypeVar("T")
 
@@ -40,7 +41,9 @@ _SEARCH_KEYS = tuple(item.name for item in dataclasses.fields(SearchSettings))
 class StudyConfig:
     """Everything that a command line study is made of.
 
-    In the YAML file the fields of ``search`` stand beside the others, at the top level.
+    In the YAML file the fields of ``search`` stand beside the others, at the top level. What is to be
+    searched stands in the place of a value, ``fine_tune: {lr: {low: 1e-4, high: 1e-1, log: true}}``, or in
+    ``variables`` under its name, ``fine_tune.lr``.
 
     Attributes:
         name: What the study is called in the workspace and in the dashboard.
@@ -97,6 +100,7 @@ class StudyConfig:
         faults = apply_overrides(values, overrides)
         own = {item.name for item in dataclasses.fields(cls)} - {"search"}
         faults += unknown_keys(values, {*own, *_SEARCH_KEYS})
+        faults += _gather_variables(values)
         _inherit_fine_tune(values)
         faults += _resolve_places(values, path.parent)
         search = build(
@@ -163,6 +167,44 @@ def _faults_of(check: Callable[[T], object], value: T) -> list[str]:
     except StudyError as error:
         return [str(error)]
     return []
+
+
+def _gather_variables(values: dict[str, Any]) -> list[str]:
+    """Move what is to be searched from where the value would stand into ``variables``, in place.
+
+    Returns:
+        What is wrong with the variables.
+    """
+    found = {name: values.pop(name) for name in searchable() if isinstance(values.get(name), dict)}
+    for group in TUNINGS:
+        tuning = values.get(group)
+        if not isinstance(tuning, dict):
+            continue
+        # The options of a training function are a mapping of their own; what it holds is not looked at.
+        for key in [key for key, value in tuning.items() if isinstance(value, dict) and key != "options"]:
+            found[f"{group}.{key}"] = tuning.pop(key)
+        if not tuning:
+            # Then no value of its own is left, and the rest is as if it had not been mentioned.
+            del values[group]
+    named = values.get("variables", {})
+    if not isinstance(named, dict):
+        return []
+    faults = [
+        f"{name} has what it is searched over twice, there and in variables. Remove one."
+        for name in found
+        if name in named
+    ]
+    variables = {}
+    for name, value in {**named, **found}.items():
+        try:
+            variables[str(name)] = converted(value, Range | Choice, str(name))
+        except ConfigError as error:
+            faults += error.faults
+    if variables:
+        values["variables"] = variables
+    else:
+        values.pop("variables", None)
+    return faults
 
 
 def _inherit_fine_tune(values: dict[str, Any]) -> None:

@@ -184,6 +184,7 @@ def _summary(candidate: Candidate, folder: Path, example_input: Tensor | None) -
         "format": FORMAT,
         "version": VERSION,
         "trial": candidate.number,
+        "finalist_of": candidate.finalist_of,
         "search_params": dict(candidate.params),
         "accuracy": candidate.accuracy,
         "drop": candidate.drop,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from torch import nn
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.checkpoint import load_weights
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import PlanError, StudyError, WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
+from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
 
 MADE_AGAIN = (
     "Run the same study under another name in this workspace: it reuses every stage that is whole, and "
@@ -86,13 +87,14 @@ class Candidate:
         feasible: Whether it is complete and its ``mac_ratio`` lies in the target's band.
         seconds: Wall time of the trial, reused stages not counted.
         reason: Why it was pruned or failed.
+        finalist_of: Number of the trial whose model this one trained on for longer; ``None`` for others.
         folder: Where its plan and weights lie; ``None`` unless complete.
         build_model: Makes the original model, for :meth:`load_model`.
     """
 
     number: int
     state: str
-    params: Mapping[str, float]
+    params: Mapping[str, float | int | str]
     stages: tuple[StageResult, ...] = ()
     accuracy: float | None = None
     mac_ratio: float | None = None
@@ -100,6 +102,7 @@ class Candidate:
     feasible: bool = False
     seconds: float = 0.0
     reason: str | None = None
+    finalist_of: int | None = None
     folder: Path | None = None
     build_model: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
@@ -111,7 +114,10 @@ class Candidate:
             StudyError: The candidate did not complete.
             PlanError: The file is gone or damaged.
         """
-        return CompressionPlan.load(self._finished_folder() / "plan.json")
+        folder = self._finished_folder()
+        if fault := _fault_in_store(folder, PLAN):
+            raise PlanError(self._damaged(folder, fault))
+        return CompressionPlan.load(folder / PLAN)
 
     @property
     def weights(self) -> Path:
@@ -119,8 +125,12 @@ class Candidate:
 
         Raises:
             StudyError: The candidate did not complete.
+            WorkspaceError: The file is damaged.
         """
-        return self._finished_folder() / "weights.safetensors"
+        folder = self._finished_folder()
+        if fault := _fault_in_store(folder, WEIGHTS):
+            raise WorkspaceError(self._damaged(folder, fault))
+        return folder / WEIGHTS
 
     def load_model(self, original: nn.Module | None = None) -> nn.Module:
         """Rebuild the compressed model and load its weights.
@@ -155,6 +165,9 @@ class Candidate:
                 "Choose a complete one: study.front()."
             )
         return self.folder
+
+    def _damaged(self, folder: Path, fault: str) -> str:
+        return f"The stored model of trial {self.number}, {str(folder)!r}, is damaged: {fault}. {MADE_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -248,16 +261,19 @@ def pareto_optimal(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def format_candidates(candidates: Sequence[Candidate]) -> str:
     """Format complete candidates as a plain table.
 
-    One row a candidate: trial, each search variable, achieved ``mac_ratio``, validation accuracy and
-    drop (both in % where accuracies are shares), seconds.
+    One row a candidate: trial, the trial that it is a finalist of (if there are finalists), each search
+    variable, achieved ``mac_ratio``, validation accuracy and drop (both in % where accuracies are shares),
+    seconds.
     """
-    names = sorted({name for candidate in candidates for name in candidate.params}, reverse=True)
+    names = param_names(candidates)
     scale = AccuracyScale.of(c.accuracy for c in candidates if c.accuracy is not None)
-    header = ["trial", *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
+    of = ["finalist of"] if any(c.finalist_of is not None for c in candidates) else []
+    header = ["trial", *of, *names, "mac_ratio", f"accuracy{scale.unit}", f"drop{scale.unit}", "seconds"]
     rows = [
         [
             str(c.number),
-            *(f"{c.params[name]:.4g}" if name in c.params else "" for name in names),
+            *(["" if c.finalist_of is None else str(c.finalist_of)] if of else []),
+            *(format_param(c.params[name]) if name in c.params else "" for name in names),
             f"{c.mac_ratio:.4f}",
             f"{scale.factor * (c.accuracy or 0):.2f}",
             f"{scale.factor * (c.drop or 0):+.2f}",
@@ -271,6 +287,25 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         for row in [header, *rows]
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def param_names(candidates: Iterable[Candidate]) -> list[str]:
+    """Names of all search variables in the order of columns: ratios as they are applied, then settings."""
+    names = sorted({name for candidate in candidates for name in candidate.params})
+    ratios = [name for name in names if name.startswith("c_")]
+    return [*reversed(ratios), *(name for name in names if name not in ratios)]
+
+
+def format_param(value: float | int | str) -> str:
+    """Write the value of a search variable for people: four digits of a fraction, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _fault_in_store(folder: Path, name: str) -> str | None:
+    # A file that is gone is named by who reads it, and a folder without checksums is not one of the store.
+    if not all((folder / needed).is_file() for needed in (RESULT, name)):
+        return None
+    return fault_of(folder, (name,))
 
 
 def _by_macs_then_accuracy(candidate: Candidate) -> tuple[float, float, int]:

@@ -6,24 +6,26 @@ damaged folder is set aside under another name, reported, and computed again.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
+import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from compress_search.checkpoint import file_checksum, load_weights, save_weights
-from compress_search.fingerprint import content_hash
+from compress_search.checkpoint import load_weights, save_weights
+from compress_search.exceptions import WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.results import StageResult
-from compress_search.workspace import Workspace, new_folder, remove_folder, write_json_atomically
+from compress_search.stage_files import PLAN, WEIGHTS, fault_of, read_result, seal
+from compress_search.workspace import Workspace, new_folder, remove_folder
 
 logger = logging.getLogger("compress_search")
 
-RESULT, PLAN, WEIGHTS = "result.json", "plan.json", "weights.safetensors"
+DAMAGED = ".damaged-"
+"""Stands in the name of a folder that was set aside, after the stage's key."""
 
 
 @dataclass(frozen=True)
@@ -35,45 +37,64 @@ class StageStore:
     """
 
     workspace: Workspace
-    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def folder(self, key: str) -> Path:
         """The folder of the stage with this key, whether it exists or not."""
         return self.workspace.stages / key
 
     def find(self, key: str) -> StageResult | None:
-        """Return the result of a finished stage, or ``None`` if there is none that is whole."""
+        """Return the result of a finished stage, or ``None`` if there is none that is whole.
+
+        All its files are checked, each time: what was whole an hour ago need not be so now.
+        """
         folder = self.folder(key)
         if not folder.is_dir():
             return None
-        fault = None if key in self._verified else _fault_of(folder)
-        if fault:
-            aside = folder.with_name(f"{key}.damaged-{time.time_ns()}")
-            folder.rename(aside)
-            logger.warning(
-                "The stored stage %s is damaged (%s). It was moved to %s and is computed again.",
-                key,
-                fault,
-                aside,
-            )
+        if (fault := fault_of(folder)) is not None:
+            self.set_aside(key, fault)
             return None
-        self._verified.add(key)
-        return StageResult.from_dict(json.loads((folder / RESULT).read_text(encoding="utf-8"))["result"])
+        # The folder's time says when the stage was last wanted, which `cache prune` goes by.
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+        try:
+            return StageResult.from_dict(read_result(folder))
+        except FileNotFoundError:
+            return None
+
+    def set_aside(self, key: str, fault: str) -> Path | None:
+        """Move a damaged stage out of the way, under another name, and report it.
+
+        Args:
+            key: Of the stage.
+            fault: What is wrong with it.
+
+        Returns:
+            Where it is now; ``None`` if another process moved it first.
+        """
+        folder = self.folder(key)
+        aside = folder.with_name(f"{key}{DAMAGED}{time.time_ns()}")
+        try:
+            folder.rename(aside)
+        except FileNotFoundError:
+            return None
+        if fault_of(aside) is None:
+            # Another process had set the damaged one aside and computed it again, and this is the new one.
+            with contextlib.suppress(OSError):
+                aside.rename(folder)
+                return None
+        said = "The stored stage %s is damaged (%s). It was moved to %s and is computed again."
+        logger.warning(said, key, fault, aside)
+        return aside
 
     def save(self, result: StageResult, plan: CompressionPlan, model: nn.Module) -> None:
         """Store a finished stage under its key."""
         with new_folder(self.folder(result.key)) as folder:
             plan.save(folder / PLAN)
             save_weights(model, folder / WEIGHTS)
-            stored: dict[str, Any] = {
-                "result": result.to_dict(),
-                "sha256": {name: file_checksum(folder / name) for name in (PLAN, WEIGHTS)},
-            }
-            write_json_atomically(folder / RESULT, stored | {"checksum": content_hash(stored)})
+            seal(folder, result.to_dict())
 
     def remove(self, key: str) -> None:
         """Forget a stage, if it is there."""
-        self._verified.discard(key)
         remove_folder(self.folder(key))
 
     def model(self, key: str, original: nn.Module) -> nn.Module:
@@ -82,29 +103,28 @@ class StageStore:
         Args:
             key: Of the stage.
             original: The model that its plan begins with. It is not changed.
+
+        Raises:
+            WorkspaceError: The stage's files were damaged since it was found.
         """
         model = apply_plan(original, self.plan(key))
         load_weights(model, self.weights(key))
         return model.eval()
 
     def plan(self, key: str) -> CompressionPlan:
-        """Read the plan of a finished stage."""
-        return CompressionPlan.load(self.folder(key) / PLAN)
+        """Read the plan of a finished stage; see :meth:`model` for what it raises."""
+        return CompressionPlan.load(self._sound(key, PLAN))
 
     def weights(self, key: str) -> Path:
-        """The weights of a finished stage, a safetensors file."""
-        return self.folder(key) / WEIGHTS
+        """The weights of a finished stage, a safetensors file; see :meth:`model` for what it raises."""
+        return self._sound(key, WEIGHTS)
 
-
-def _fault_of(folder: Path) -> str | None:
-    """What is wrong with a stage's files, if anything."""
-    try:
-        stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        if stored.pop("checksum") != content_hash(stored):
-            return f"{RESULT} does not have the checksum it was written with"
-        for name, wanted in stored["sha256"].items():
-            if file_checksum(folder / name) != wanted:
-                return f"{name} does not have the checksum it was written with"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    def _sound(self, key: str, name: str) -> Path:
+        """A file that was looked at just before it is used: the stage may have been found hours ago."""
+        if (fault := fault_of(self.folder(key), (name,))) is not None:
+            aside = self.set_aside(key, fault)
+            raise WorkspaceError(
+                f"The stored stage {key} was damaged while it was in use ({fault}). It was moved to "
+                f"{str(aside)!r}; run the same again, and it is computed again."
+            )
+        return self.folder(key) / name

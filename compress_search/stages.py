@@ -3,6 +3,7 @@
 A stage's key is the hash of everything that made it: the original model, the data, the seed, its own
 settings, and the key of the stage before. A stage whose key is in the store is not computed again, whichever
 trial, process or study computed it. That one mechanism gives reuse between trials and resume after a crash.
+While a process computes a stage it holds a lease on it, so that others wait for the result.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from compress_search.compression import TableSource, analyse, apply, choose_size
 from compress_search.disk_space import write_when_there_is_room
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.layer_by_layer import LayerByLayer
+from compress_search.leases import Leases
 from compress_search.memory_layout import in_quickest_layout
 from compress_search.methods.kept_channels import channels_to_keep
 from compress_search.methods.method import Analysis, Sizes
@@ -43,6 +45,7 @@ _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
 """What of a runner's identity a sensitivity table depends on, beside the model itself."""
 
 AfterStage = Callable[[Stage, StageResult], None]
+AfterEpoch = Callable[[int], None]
 
 
 class StageRunner:
@@ -73,6 +76,7 @@ class StageRunner:
         self._trainer = Trainer(task, workspace, progress, checkpoint_seconds, stop or StopSwitch())
         self._workspace = workspace
         self._store = StageStore(workspace)
+        self._leases = Leases(workspace.stages, progress.say)
         self._tables = TableStore(workspace)
         self._seed = seed
         self._progress = progress
@@ -89,17 +93,27 @@ class StageRunner:
     def original(self) -> StageResult:
         """The original model as the stage before the first."""
         key = content_hash(self.identity)
-        return self._store.find(key) or self._finish(
-            key, "original", CompressionPlan(), self._original, started=time.monotonic()
-        )
+        if (stored := self._store.find(key)) is not None:
+            return stored
+        with self._leases.computing(key, "original", partial(self._store.find, key)) as stored:
+            return stored or self._finish(
+                key, "original", CompressionPlan(), self._original, started=time.monotonic()
+            )
 
-    def run(self, recipe: Recipe, *, after_stage: AfterStage | None = None) -> tuple[StageResult, ...]:
+    def run(
+        self,
+        recipe: Recipe,
+        *,
+        after_stage: AfterStage | None = None,
+        after_epoch: AfterEpoch | None = None,
+    ) -> tuple[StageResult, ...]:
         """Run a recipe, reusing every stage that is stored.
 
         Args:
             recipe: What to do.
             after_stage: Called after each stage; what it raises ends the run. Stages that are finished
                 stay stored.
+            after_epoch: Called after each epoch of a fine-tuning stage with how many are done.
 
         Returns:
             One result a stage.
@@ -109,14 +123,7 @@ class StageRunner:
         model: nn.Module | None = None
         with self._progress.bar("stages", len(recipe.stages)) as advance:
             for stage in recipe.stages:
-                key = _key(before, stage)
-                stored = self._store.find(key)
-                if stored is None:
-                    model = self._store.model(before.key, self._original) if model is None else model
-                    result, model = self._compute(stage, key, before, model)
-                else:
-                    # The model of a stored stage is read only if a later stage has to be computed.
-                    result, model = dataclasses.replace(stored, reused=True), None
+                result, model = self._reuse_or_compute(stage, before, model, after_epoch)
                 results.append(result)
                 note = "reused" if result.reused else f"{result.seconds:.1f} s"
                 advance(
@@ -126,6 +133,25 @@ class StageRunner:
                 if after_stage is not None:
                     after_stage(stage, result)
         return tuple(results)
+
+    def _reuse_or_compute(
+        self,
+        stage: Stage,
+        before: StageResult,
+        model: nn.Module | None,
+        after_epoch: AfterEpoch | None,
+    ) -> tuple[StageResult, nn.Module | None]:
+        """Do one stage; ``model`` is the one before it, if that is at hand."""
+        key = _key(before, stage)
+        stored = self._store.find(key)
+        if stored is None:
+            with self._leases.computing(key, stage.name, partial(self._store.find, key)) as stored:
+                if stored is None:
+                    model = self._store.model(before.key, self._original) if model is None else model
+                    return self._compute(stage, key, before, model, after_epoch)
+        assert stored is not None
+        # The model of a stored stage is read only if a later stage has to be computed.
+        return dataclasses.replace(stored, reused=True), None
 
     def achieved_ratio(self, stages: Sequence[Stage]) -> float:
         """The exact MAC ratio, relative to the original, after stages that end with a compressing one.
@@ -165,7 +191,12 @@ class StageRunner:
         }
 
     def _compute(
-        self, stage: Stage, key: str, before: StageResult, model: nn.Module
+        self,
+        stage: Stage,
+        key: str,
+        before: StageResult,
+        model: nn.Module,
+        after_epoch: AfterEpoch | None,
     ) -> tuple[StageResult, nn.Module]:
         started = time.monotonic()
         plan = self._store.plan(before.key)
@@ -177,7 +208,7 @@ class StageRunner:
             changed, plan = compressed.model, plan.then(compressed.step)
         else:
             changed = copy.deepcopy(model)
-            self._trainer.train(changed, self._original, stage, key)
+            self._trainer.train(changed, self._original, stage, key, after_epoch=after_epoch)
         result = self._finish(key, stage.name, plan, changed, started=started)
         self._trainer.forget(key)
         return result, changed

@@ -137,10 +137,10 @@ def build(
     for item in dataclasses.fields(settings):  # type: ignore[arg-type]
         if item.name in values:
             try:
-                arguments[item.name] = _converted(values[item.name], hints[item.name], item.name)
+                arguments[item.name] = converted(values[item.name], hints[item.name], item.name)
             except ConfigError as error:
                 faults += error.faults
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+        elif _is_required(item):
             faults.append(f"{item.name} is missing.")
     try:
         return settings(**arguments)
@@ -149,8 +149,17 @@ def build(
         return settings(**stand_in)
 
 
-def _converted(value: Any, hint: Any, name: str) -> Any:
-    """Turn a YAML value into what a field's type hint asks for, or raise a ConfigError."""
+def converted(value: Any, hint: Any, name: str) -> Any:
+    """Turn a YAML value into what a type hint asks for.
+
+    Args:
+        value: What the file said.
+        hint: A field's type hint.
+        name: What the faults are to call it.
+
+    Raises:
+        ConfigError: It cannot be that; all its faults are in the message.
+    """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _converted_to_one_of(value, typing.get_args(hint), name)
@@ -173,15 +182,20 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
 def _converted_to_one_of(value: Any, hints: Sequence[Any], name: str) -> Any:
     if isinstance(value, dict):
         # A mapping can only mean the nested settings; their own faults say more than "none of these".
-        hints = [hint for hint in hints if dataclasses.is_dataclass(hint)] or hints
-        if len(hints) == 1:
-            return _converted(value, hints[0], name)
+        nested = [hint for hint in hints if dataclasses.is_dataclass(hint)]
+        if nested:
+            likest = max(nested, key=lambda hint: len(value.keys() & _field_names(hint)))
+            return converted(value, likest, name)
     for hint in hints:
         try:
-            return _converted(value, hint, name)
+            return converted(value, hint, name)
         except ConfigError:
             continue
-    raise ConfigError([f"{name} is {value!r}; it must be {' or '.join(map(_in_words, hints))}."])
+    # A whole number is a number.
+    hints = [hint for hint in hints if hint is not int or float not in hints]
+    raise ConfigError(
+        [f"{name} is {value!r}; it must be {' or '.join(dict.fromkeys(map(_in_words, hints)))}."]
+    )
 
 
 def _converted_items(value: list[Any], hints: Sequence[Any], name: str) -> tuple[Any, ...]:
@@ -190,25 +204,34 @@ def _converted_items(value: list[Any], hints: Sequence[Any], name: str) -> tuple
     if len(hints) != len(value):
         raise ConfigError([f"{name} has {len(value)} items; it must have {len(hints)}."])
     return tuple(
-        _converted(item, hint, f"{name}[{i}]")
-        for i, (item, hint) in enumerate(zip(value, hints, strict=True))
+        converted(item, hint, f"{name}[{i}]") for i, (item, hint) in enumerate(zip(value, hints, strict=True))
     )
 
 
 def _converted_values(value: dict[Any, Any], hint: Any, name: str) -> dict[str, Any]:
     """Convert each value of a mapping; its keys are texts, as a layer's name may be a number in YAML."""
-    return {str(key): _converted(item, hint, f"{name}.{key}") for key, item in value.items()}
+    return {str(key): converted(item, hint, f"{name}.{key}") for key, item in value.items()}
 
 
 def _converted_fields(value: dict[Any, Any], hint: type[T], name: str) -> T:
-    known = {item.name for item in dataclasses.fields(hint)}  # type: ignore[arg-type]
+    known = _field_names(hint)
     faults = unknown_keys(value, known, prefix=f"{name}.")
     own: list[str] = []
-    settings = build(hint, {k: v for k, v in value.items() if k in known}, own, stand_in={})
+    # Settings without a default cannot be made of what is sound alone; a fault stands for each of them.
+    required = {item.name: None for item in dataclasses.fields(hint) if _is_required(item)}  # type: ignore[arg-type]
+    settings = build(hint, {k: v for k, v in value.items() if k in known}, own, stand_in=required)
     faults += [f"{name}.{fault}" for fault in own]
     if faults:
         raise ConfigError(faults)
     return settings
+
+
+def _field_names(settings: Any) -> set[str]:
+    return {item.name for item in dataclasses.fields(settings)}
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def _is_instance(value: Any, hint: Any) -> bool:

@@ -136,14 +136,17 @@ def trained(name: str, train: Images, *, folder: Path = BASELINES) -> nn.Sequent
             train=AugmentedBatches(parts[0]),
             validation=whole_batches(parts[1]),
         )
-        schedule = FineTune(epochs=epochs, lr=0.1, warmup=0.2, distillation=0.0)
-        network.to(memory_format=torch.channels_last)
         # Twice as fast on processors that multiply in bfloat16, and many times slower on those that do not.
-        # The weights stay in float32, and their casts must not be cached beyond the step that changes them.
         quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-        with torch.autocast("cpu", torch.bfloat16, enabled=quick, cache_enabled=False):
-            fine_tune(network, None, task, schedule, seed=SEED, progress=Progress())
-        save_weights(network.to(memory_format=torch.contiguous_format), weights)
+        schedule = FineTune(
+            epochs=epochs,
+            lr=0.1,
+            warmup=0.2,
+            distillation=0.0,
+            precision="bfloat16" if quick else "float32",
+        )
+        fine_tune(network, None, task, schedule, seed=SEED, progress=Progress())
+        save_weights(network, weights)
     load_weights(network, weights)
     return network.eval()
 

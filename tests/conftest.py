@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from compress_search.stopping import StopSwitch
 from compress_search.task import Task
 
 torch.set_num_threads(1)
@@ -47,3 +48,24 @@ def tiny_task(tiny_net):
         return Task(**{"model": tiny_net()} | fields)
 
     return make
+
+
+@pytest.fixture
+def stop_at():
+    """Make a switch that is found requested when it is looked at after so many times, and from then on."""
+
+    class StopAt(StopSwitch):
+        def __init__(self, looks):
+            self.left = looks
+            super().__init__()
+
+        @property
+        def requested(self):
+            self.left -= 1
+            return self.left < 0
+
+        @requested.setter
+        def requested(self, value):
+            pass
+
+    return StopAt

@@ -9,6 +9,7 @@ import yaml
 from compress_search.config import StudyConfig
 from compress_search.exceptions import ConfigError
 from compress_search.recipe import FineTune
+from compress_search.search.variables import Choice, Range
 
 Write = Callable[[str], Path]
 
@@ -100,6 +101,65 @@ def test_faults_of_the_training_after_each_layer_come_together(write: Write) -> 
     )
     assert faults_of(write(MINIMAL + "per_layer_fine_tune: 3\n")) == (
         "per_layer_fine_tune is 3; it must be a mapping or null.",
+    )
+
+
+def test_what_is_searched_stands_in_the_place_of_a_value_or_in_variables(
+    write: Write, tmp_path: Path
+) -> None:
+    inline = "selection: {choices: [optimal, uniform]}\nsamples: {low: 64, high: 512, step: 64}\n"
+    inline += "fine_tune: {epochs: 3, lr: {low: 1e-4, high: 0.1, log: true}}\n"
+    inline += "final_fine_tune: {temperature: {choices: [2, 4]}}\n"
+    config = StudyConfig.load(write(MINIMAL + inline))
+    assert config.search.variables == {
+        "selection": Choice(("optimal", "uniform")),
+        "samples": Range(64, 512, step=64),
+        "fine_tune.lr": Range(1e-4, 0.1, log=True),
+        "final_fine_tune.temperature": Choice((2, 4)),
+    }
+    # What is not searched is as it is said, or the default; a training of which all is searched has no rest.
+    assert (config.search.selection, config.search.fine_tune) == ("optimal", FineTune(epochs=3))
+    assert config.search.final_fine_tune is None
+    named = "fine_tune: {epochs: 3}\nvariables:\n  fine_tune.lr: {low: 1e-4, high: 0.1, log: true}\n"
+    named += "  selection: {choices: [optimal, uniform]}\n  samples: {low: 64, high: 512, step: 64}\n"
+    named += "  final_fine_tune.temperature: {choices: [2, 4]}\n"
+    assert StudyConfig.load(write(MINIMAL + named)) == config
+    config.save(tmp_path / "config.yaml")
+    assert StudyConfig.load(tmp_path / "config.yaml") == config
+
+
+def test_overrides_start_and_end_a_search(write: Write) -> None:
+    path = write(MINIMAL + "fine_tune: {lr: {low: 1e-4, high: 0.1}}\n")
+    assert StudyConfig.load(path, ["fine_tune.lr=0.01"]).search.variables == {}
+    searched = StudyConfig.load(path, ["fine_tune.lr.low=1e-3", "round_to={choices: [1, 8]}"]).search
+    assert searched.variables == {"fine_tune.lr": Range(0.001, 0.1), "round_to": Choice((1, 8))}
+
+
+def test_the_final_fine_tuning_inherits_no_search(write: Write) -> None:
+    text = "fine_tune: {epochs: 3, lr: {low: 1e-4, high: 0.1}}\nfinal_fine_tune: {momentum: 0.8}\n"
+    search = StudyConfig.load(write(MINIMAL + text)).search
+    assert search.final_fine_tune == FineTune(epochs=3, momentum=0.8)
+    assert list(search.variables) == ["fine_tune.lr"]
+
+
+def test_all_faults_of_what_is_searched_come_together(write: Write) -> None:
+    text = "fine_tune: {lr: {lwo: 1, high: 0.1}, epochs: {low: a, high: 3}, lrr: {low: 1, high: 2}}\n"
+    text += "selection: {choices: optimal}\nsamples: {low: 64, high: 8}\ntarget: {low: 0.3, high: 0.5}\n"
+    text += "variables: {samples: {low: 1, high: 2}, probes: 3}\nstep: 7\n"
+    text += "per_layer_fine_tune: {epochs: {low: 1, high: 2}}\n"
+    assert faults_of(write("name: small\ntask: own.py:make\n" + text)) == (
+        "samples has what it is searched over twice, there and in variables. Remove one.",
+        "probes is 3; it must be a mapping.",
+        "selection.choices is 'optimal'; it must be a list.",
+        "fine_tune.lr.lwo is not a known key; did you mean fine_tune.lr.low?",
+        "fine_tune.lr.low is missing.",
+        "fine_tune.epochs.low is 'a'; it must be a number.",
+        "target is {'low': 0.3, 'high': 0.5}; it must be a number.",
+        "per_layer_fine_tune.epochs is {'low': 1, 'high': 2}; it must be a whole number.",
+        "step is 7.0; it must be in (0, 1), for example 0.05.",
+        "samples has low 64 and high 8; low must be less than high.",
+        "variables names 'fine_tune.lrr', which is no setting that can be searched. "
+        "Did you mean 'fine_tune.lr'?",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -20,6 +21,7 @@ from compress_search.results import (
     format_candidates,
     pareto_optimal,
 )
+from compress_search.stage_files import seal
 
 REFERENCE = Reference(accuracy=0.9, macs=1000, params=100)
 
@@ -35,6 +37,17 @@ def candidate(number, accuracy, mac_ratio, *, feasible=True, **changes):
         feasible=feasible,
         **changes,
     )
+
+
+def test_a_table_writes_settings_of_any_type_after_the_ratios():
+    params = {"selection": "uniform", "c_ssvd": 0.75, "fine_tune.epochs": 12345, "c_cp": 2 / 3}
+    table = format_candidates(
+        [candidate(0, 0.9, 0.5), dataclasses.replace(candidate(1, 0.9, 0.5), params=params)]
+    )
+    header, _, plain, mixed = (line.split() for line in table.splitlines())
+    assert header[:5] == ["trial", "c_ssvd", "c_cp", "fine_tune.epochs", "selection"]
+    assert mixed[:5] == ["1", "0.75", "0.6667", "12345", "uniform"]
+    assert plain[:3] == ["0", "0.75", "0.6667"] and len(plain) == len(mixed) - 2
 
 
 def front(*candidates):
@@ -187,3 +200,19 @@ def test_weights_that_do_not_give_the_model_again_are_named_with_the_remedy(
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(error, match=f"{says}.*Run the same study under another name"):
         candidate(0, 0.9, 0.5, folder=tmp_path, build_model=tiny_net).load_model()
+
+
+@pytest.mark.parametrize(
+    ("file", "error"), [("weights.safetensors", WorkspaceError), ("plan.json", PlanError)]
+)
+def test_a_stored_candidate_with_one_flipped_bit_is_refused(file, error, tiny_net, tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    save_weights(apply_plan(tiny_net(), PLAN), tmp_path / "weights.safetensors")
+    seal(tmp_path, {})
+    found = candidate(0, 0.9, 0.5, folder=tmp_path, build_model=tiny_net)
+    found.load_model()
+    content = bytearray((tmp_path / file).read_bytes())
+    content[-10] ^= 1
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(error, match=f"of trial 0, .* is damaged: {file} does not have the checksum"):
+        found.load_model()

@@ -12,10 +12,21 @@ import sys
 from collections.abc import Sequence
 
 from compress_search import __version__
-from compress_search.cli import configs, dashboard, export, report, resume, run, status, validate
+from compress_search.cli import (
+    cache,
+    configs,
+    dashboard,
+    export,
+    finalize,
+    report,
+    resume,
+    run,
+    status,
+    validate,
+)
 from compress_search.exceptions import CompressSearchError
 
-COMMANDS = (run, resume, status, report, dashboard, export, configs, validate)
+COMMANDS = (run, resume, finalize, status, report, dashboard, export, cache, configs, validate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after ``compress-search``; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 (the study has no answer yet), 2 (an error, told on stderr) or 130 (Ctrl-C).
+        The exit status: 0, 1 (the study has no answer yet, or `cache verify` found damage), 2 (an error,
+        told on stderr) or 130 (Ctrl-C).
     """
     parser = argparse.ArgumentParser(
         prog="compress-search",

@@ -51,8 +51,9 @@ def print_answer(study: CompressionStudy, max_drop: float | None) -> int:
         return 1
     assert chosen.mac_ratio is not None
     print(f"Front of the study {study.name!r}:\n{study.front()}\n")
+    origin = "" if chosen.finalist_of is None else f", a finalist of trial {chosen.finalist_of}"
     print(
-        f"Chosen: trial {chosen.number} ({why}).\n"
+        f"Chosen: trial {chosen.number}{origin} ({why}).\n"
         f"Validation accuracy {scale.accuracy(chosen.accuracy)} (drop {scale.drop(chosen.drop)}), "
         f"mac_ratio {chosen.mac_ratio:.4f}."
     )

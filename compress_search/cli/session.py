@@ -1,20 +1,37 @@
-"""One sitting with a study: search up to its number of trials, then answer. `run` and `resume` share it."""
+"""One sitting with a study: work on it, then answer. `run`, `resume` and `finalize` share it."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 
 from compress_search.cli.answer import print_answer, shorten
 from compress_search.cli.log import logging_to_file, logging_to_terminal
 from compress_search.config import StudyConfig
 from compress_search.progress import Progress
-from compress_search.search.study import create_study
+from compress_search.search.study import CompressionStudy, create_study
 from compress_search.workspace import Workspace
 
 
 def search_and_answer(config: StudyConfig) -> int:
-    """Create or continue the study of a configuration, and tell what came of it.
+    """Create or continue the study of a configuration up to its trials, and tell what came of it.
+
+    Returns and raises as :func:`work_and_answer` does.
+    """
+
+    def search(study: CompressionStudy, progress: Progress) -> None:
+        study.optimize(config.n_trials, checkpoint_seconds=config.checkpoint_seconds, progress=progress)
+
+    return work_and_answer(config, search)
+
+
+def work_and_answer(config: StudyConfig, work: Callable[[CompressionStudy, Progress], None]) -> int:
+    """Open or create the study of a configuration, work on it, and tell what came of it.
+
+    Args:
+        config: The study's configuration.
+        work: What to do.
 
     Returns:
         The exit status: 0, 1 if no trial is feasible, 130 after Ctrl-C.
@@ -35,11 +52,7 @@ def search_and_answer(config: StudyConfig) -> int:
             )
             config.save(study.folder / "config.yaml")
             with logging_to_file(study.folder / "study.log"):
-                study.optimize(
-                    config.n_trials,
-                    checkpoint_seconds=config.checkpoint_seconds,
-                    progress=Progress(console),
-                )
+                work(study, Progress(console))
                 return print_answer(study, config.max_drop)
         except KeyboardInterrupt:
             print(f"\nInterrupted. {_how_to_go_on(config)}", file=sys.stderr)

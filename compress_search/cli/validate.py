@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from compress_search.cli.table import format_table
 
 if TYPE_CHECKING:
     from compress_search.methods.method import Analysis
@@ -51,9 +52,9 @@ def main(args: argparse.Namespace) -> int:
         accuracy = task.score(model)
     print(f"{args.config} is sound. Task {task.name!r}: validation accuracy {100 * accuracy:.2f} %, ", end="")
     print(f"{profile.macs:,} MACs, {profile.params:,} parameters.\n")
-    print(_table(_layer_rows(profile)))
+    print(format_table(_layer_rows(profile)))
     for name, analysis in analyses.items():
-        print(f"\n{name} can size:\n{_table(_unit_rows(analysis))}")
+        print(f"\n{name} can size:\n{format_table(_unit_rows(analysis))}")
         for layer, reason in analysis.left_alone.items():
             print(f"It leaves {layer} alone: {reason}")
     return 0
@@ -72,9 +73,3 @@ def _unit_rows(analysis: Analysis) -> list[list[str]]:
     return rows + [
         [unit.name, f"{unit.least}-{unit.full_size}", ", ".join(unit.layers)] for unit in analysis.units
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

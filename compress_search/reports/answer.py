@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import ratio, short_count
-from compress_search.reports.trials import param_names
-from compress_search.results import Candidate, ParetoFront
+from compress_search.results import Candidate, ParetoFront, format_param, param_names
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,15 @@ class AnswerFact:
 def summary_of(front: ParetoFront) -> str:
     """Say in one line what was asked for and how far the study is."""
     low, high = front.band
-    states = Counter(candidate.state for candidate in front.candidates)
+    searched = [candidate for candidate in front.candidates if candidate.finalist_of is None]
+    states = Counter(candidate.state for candidate in searched)
     counts = ", ".join(f"{number} {state}" for state, number in states.most_common())
-    feasible = sum(candidate.feasible for candidate in front.candidates)
-    trials = "1 trial" if len(front.candidates) == 1 else f"{len(front.candidates)} trials"
+    feasible = sum(candidate.feasible for candidate in searched)
+    trials = "1 trial" if len(searched) == 1 else f"{len(searched)} trials"
     found = f"{trials}: {counts}; {feasible} in the band." if states else "No trial yet."
+    finalists = Counter(c.state for c in front.candidates if c.finalist_of is not None)
+    if finalists:
+        found += f" Finalists: {', '.join(f'{number} {state}' for state, number in finalists.most_common())}."
     return f"Target mac_ratio {front.target:.4g}, band {low:.4g} to {high:.4g}. {found}"
 
 
@@ -70,10 +73,14 @@ def answer_facts(
                 f"of {short_count(reference.params)}, ratio {ratio(last.params / reference.params)}",
             ),
         ]
+    if chosen.finalist_of is not None:
+        facts.append(AnswerFact("finalist of", f"trial {chosen.finalist_of}", "trained on for longer"))
     names = param_names([chosen])
     if names:
         facts.append(
-            AnswerFact("searched", " · ".join(f"{chosen.params[n]:.4g}" for n in names), " · ".join(names))
+            AnswerFact(
+                "searched", " · ".join(format_param(chosen.params[n]) for n in names), " · ".join(names)
+            )
         )
     return facts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_THREE_DIGITS_OF_ONE = 0.9995
 
 
 def ratio(value: float | None) -> str:
@@ -19,9 +20,14 @@ def short_count(value: int) -> str:
     """Write a count with three digits and a prefix, for example ``"1.23 M"``."""
     for size, prefix in _PREFIXES:
         # 999,500 is a million when it is rounded to three digits.
-        if value >= 0.9995 * size:
+        if value >= _THREE_DIGITS_OF_ONE * size:
             return f"{_three_digits(value / size)} {prefix}"
     return str(value)
+
+
+def byte_size(value: int) -> str:
+    """Write a number of bytes with a prefix of thousands, for example ``"1.23 MB"``."""
+    return f"{value} B" if value < _THREE_DIGITS_OF_ONE * _PREFIXES[-1][0] else f"{short_count(value)}B"
 
 
 def duration(seconds: float) -> str:

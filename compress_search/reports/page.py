@@ -31,8 +31,8 @@ from compress_search.reports.provenance import (
     package_versions,
     program_loading_code,
 )
-from compress_search.reports.trials import candidates_csv, param_names, stage_times
-from compress_search.results import Candidate, ParetoFront
+from compress_search.reports.trials import candidates_csv, stage_times
+from compress_search.results import Candidate, ParetoFront, format_param, param_names
 from compress_search.workspace import write_text_atomically
 
 
@@ -129,6 +129,7 @@ def _environment(data: ParetoData, front: ParetoFront) -> Environment:
         "duration": duration,
         "accuracy": data.scale.accuracy,
         "drop": data.scale.drop,
+        "param": format_param,
         "standing": lambda trial: standing.get(trial.number, trial.state),
     }
     environment.globals["plotly"] = Markup(get_plotlyjs())

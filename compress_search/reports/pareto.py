@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import count, duration, ratio
-from compress_search.results import Candidate, ParetoFront
+from compress_search.results import Candidate, ParetoFront, format_param, param_names
 
 Fact = tuple[str, str]
 Interval = tuple[float, float]
@@ -165,7 +165,8 @@ def _point(candidate: Candidate, *, scale: AccuracyScale, on_front: bool) -> Par
     stages = candidate.stages
     reused = [stage.name for stage in stages if stage.reused]
     facts = [
-        *((name, f"{candidate.params[name]:.4g}") for name in sorted(candidate.params, reverse=True)),
+        ("finalist of", "" if candidate.finalist_of is None else f"trial {candidate.finalist_of}"),
+        *((name, format_param(candidate.params[name])) for name in param_names([candidate])),
         ("mac_ratio", ratio(candidate.mac_ratio)),
         ("accuracy", scale.accuracy(candidate.accuracy)),
         ("drop", scale.drop(candidate.drop)),

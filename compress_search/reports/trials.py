@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress_search.results import Candidate, ParetoFront, StageResult
+from compress_search.results import Candidate, ParetoFront, StageResult, param_names
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,11 @@ def stage_times(candidates: Iterable[Candidate]) -> tuple[StageTime, ...]:
 
 
 def stage_names(stages: Sequence[StageResult]) -> Iterator[str]:
-    """Name stages so that the two fine-tunings of a trial are told apart: by what came before."""
+    """Name stages so that the fine-tunings of a trial are told apart: by what came before."""
     before = ""
     for stage in stages:
-        if stage.name == "fine_tune" and before:
-            yield f"fine_tune after {before}"
-        else:
-            yield stage.name
-            before = stage.name
-
-
-def param_names(candidates: Iterable[Candidate]) -> list[str]:
-    """Names of all search variables, in the order of columns (``c_ssvd`` before ``c_cp``)."""
-    return sorted({name for candidate in candidates for name in candidate.params}, reverse=True)
+        yield f"fine_tune after {before}" if stage.name == "fine_tune" and before else stage.name
+        before = stage.name
 
 
 def candidates_csv(front: ParetoFront) -> str:
@@ -82,7 +74,7 @@ def candidates_csv(front: ParetoFront) -> str:
     params = [f"param_{name}" for name in param_names(front.candidates)]
     stages = max((len(candidate.stages) for candidate in front.candidates), default=0)
     columns = [
-        *("number", "state", "feasible", "on_front"),
+        *("number", "finalist_of", "state", "feasible", "on_front"),
         *params,
         *("mac_ratio", "accuracy", "drop", "macs", "params", "seconds"),
         *(f"stage_{n}_{what}" for n in range(1, stages + 1) for what in _STAGE_COLUMNS),
@@ -102,6 +94,7 @@ def _csv_row(candidate: Candidate, *, on_front: bool) -> dict[str, Any]:
     finished = candidate.stages[-1] if candidate.stages and candidate.state == "complete" else None
     row = {
         "number": candidate.number,
+        "finalist_of": candidate.finalist_of,
         "state": candidate.state,
         "feasible": candidate.feasible,
         "on_front": on_front,

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from compress_search.results import Candidate, StageResult
-from compress_search.search.history import REASON, STAGES
+from compress_search.search.history import FINALIST_OF, REASON, STAGES
 from compress_search.search.objective import CONSTRAINT
 from compress_search.workspace import Workspace
 
@@ -46,6 +46,7 @@ def candidate_of(
         feasible=complete and trial.constraints[CONSTRAINT] <= 0,
         seconds=sum(stage.seconds for stage in stages if not stage.reused),
         reason=attributes.get(REASON),
+        finalist_of=attributes.get(FINALIST_OF),
         folder=workspace.stages / attributes["key"] if complete else None,
         build_model=build_model,
     )

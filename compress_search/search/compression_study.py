@@ -9,16 +9,25 @@ from pathlib import Path
 import optuna
 import torch
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
 
 from compress_search.exceptions import StudyError, TaskError
 from compress_search.export import ExportFiles, export_candidate
+from compress_search.leases import lease_files
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
+from compress_search.recipe import FineTune, Recipe
 from compress_search.reports.layers import LayerRow, layer_table
 from compress_search.reports.page import ReportFiles, write_report
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
-from compress_search.search.history import current_trials
+from compress_search.search.finalists import (
+    choose_origins,
+    finalist_recipe,
+    find_finalist,
+    queue_finalists,
+)
+from compress_search.search.history import RECIPE, current_trials, pending_finalists
 from compress_search.search.identity import Identity
 from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
@@ -32,6 +41,7 @@ from compress_search.training.trainer import CHECKPOINT_SECONDS
 from compress_search.workspace import Workspace
 
 _WANTED, _TESTS = "n_trials", "test_scores"
+_FINALIST_EPOCHS = 30
 
 
 @dataclass(frozen=True)
@@ -113,32 +123,73 @@ class CompressionStudy:
         """
         if n_trials < 1:
             raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
-        if not checkpoint_seconds > 0:
-            raise StudyError(f"checkpoint_seconds is {checkpoint_seconds!r}; it must be positive.")
-        task = self._needed_task("optimize")
-        progress = progress or Progress()
-        stop = StopSwitch()
-        runner = StageRunner(
-            task,
-            self.workspace.prepare(),
-            seed=self.settings.seed,
-            device=self.device,
-            progress=progress,
-            checkpoint_seconds=checkpoint_seconds,
-            stop=stop,
-        )
+        self._needed_task("optimize")
         self.optuna_study.set_user_attr(_WANTED, n_trials)
         enqueue_anchors(self.optuna_study, self.settings)
-        objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
-        run_trials(
-            self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress, stop=stop
-        )
+        self._run(n_trials, timeout=timeout, checkpoint_seconds=checkpoint_seconds, progress=progress)
+
+    def finalize(
+        self,
+        top_k: int = 3,
+        epochs: int | None = None,
+        *,
+        settings: FineTune | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        progress: Progress | None = None,
+    ) -> tuple[Candidate, ...]:
+        """Train the best candidates on for longer, each as a further trial of the study.
+
+        These finalists take part in everything that a study is asked for, but they are not counted in its
+        total of trials, and the sampler does not see them. One that is there already is not trained again.
+        Nobody's accuracy falls: fine-tuning keeps the best weights, those that it began with included.
+
+        Args:
+            top_k: How many: the feasible candidates on the front first, then the others, from the most
+                accurate down. Finalists themselves are not trained on.
+            epochs: Number of epochs; by default those of ``settings``, or 30 without it.
+            settings: How to train; ``None`` is as each candidate was trained last.
+            checkpoint_seconds: See :meth:`optimize`.
+            progress: Where to show it; bars on a terminal by default.
+
+        Returns:
+            The finalists, in the order of the candidates that they come from. One whose training failed is
+            among them, with its reason; calling again tries it again.
+
+        Raises:
+            StudyError: No candidate is feasible, a number is not one of these, the study was loaded without
+                its task, or the database failed.
+            KeyboardInterrupt: Ctrl-C or SIGTERM. The same call goes on, and so does :meth:`optimize`.
+        """
+        if top_k < 1:
+            raise StudyError(f"top_k is {top_k!r}; it is the number of finalists and must be 1 or more.")
+        if epochs is None:
+            epochs = _FINALIST_EPOCHS if settings is None else settings.epochs
+        if epochs < 1:
+            raise StudyError(f"epochs is {epochs!r}; finalists are trained, so it must be 1 or more.")
+        self._needed_task("finalize")
+        origins = choose_origins(self.candidates(), top_k)
+        if not origins:
+            self.best()  # It says what is in the way, and what to do.
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        recipes = {
+            origin.number: finalist_recipe(
+                Recipe.from_dict(trials[origin.number].user_attrs[RECIPE]),
+                epochs=epochs,
+                settings=settings,
+                otherwise=self.settings.final_fine_tune or self.settings.fine_tune,
+            )
+            for origin in origins
+        }
+        queue_finalists(self.optuna_study, recipes)
+        if pending_finalists(self.optuna_study.get_trials(deepcopy=False)):
+            self._run(0, checkpoint_seconds=checkpoint_seconds, progress=progress)
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        finalists = (find_finalist(trials, number, recipe) for number, recipe in recipes.items())
+        return tuple(self._candidate(trial) for trial in finalists if trial is not None)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return what the trials ended as, by number; without those that were interrupted and run again."""
-        build = None if self.task is None else self.task.build_model
-        trials = current_trials(self.optuna_study.get_trials(deepcopy=False))
-        return tuple(candidate_of(trial, self.workspace, build) for trial in trials)
+        return tuple(map(self._candidate, current_trials(self.optuna_study.get_trials(deepcopy=False))))
 
     def front(self) -> ParetoFront:
         """Return the study's answer so far."""
@@ -158,6 +209,7 @@ class CompressionStudy:
             reference=self.reference,
             wanted=self.optuna_study.user_attrs.get(_WANTED),
             best=front.choose() if len(front) else None,
+            leases=lease_files(self.workspace.stages),
         )
 
     def test(self, candidate: Candidate) -> TestScore:
@@ -211,6 +263,35 @@ class CompressionStudy:
         """
         example = None if self.task is None else self.task.example_input
         return export_candidate(candidate, folder or self._export_folder(candidate), example_input=example)
+
+    def _run(
+        self,
+        n_trials: int,
+        *,
+        timeout: float | None = None,
+        checkpoint_seconds: float,
+        progress: Progress | None,
+    ) -> None:
+        if not checkpoint_seconds > 0:
+            raise StudyError(f"checkpoint_seconds is {checkpoint_seconds!r}; it must be positive.")
+        assert self.task is not None
+        progress, stop = progress or Progress(), StopSwitch()
+        runner = StageRunner(
+            self.task,
+            self.workspace.prepare(),
+            seed=self.settings.seed,
+            device=self.device,
+            progress=progress,
+            checkpoint_seconds=checkpoint_seconds,
+            stop=stop,
+        )
+        objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
+        run_trials(
+            self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress, stop=stop
+        )
+
+    def _candidate(self, trial: FrozenTrial) -> Candidate:
+        return candidate_of(trial, self.workspace, None if self.task is None else self.task.build_model)
 
     def _stored_test(self, candidate: Candidate) -> TestScore | None:
         scores = self.optuna_study.user_attrs.get(_TESTS, {})

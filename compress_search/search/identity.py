@@ -55,6 +55,11 @@ def is_blank(study: optuna.Study) -> bool:
     return study.directions == DIRECTIONS and not study.user_attrs and not study.get_trials(deepcopy=False)
 
 
+def is_foreign(study: optuna.Study) -> bool:
+    """Whether a study was not made by compress_search, and has no stages."""
+    return study.directions != DIRECTIONS or _ATTRIBUTE not in study.user_attrs
+
+
 def load_identity(study: optuna.Study) -> Identity:
     """Read what a study is.
 

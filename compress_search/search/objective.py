@@ -10,9 +10,9 @@ import optuna
 from compress_search.methods import METHODS
 from compress_search.recipe import Compress, Recipe, Stage
 from compress_search.results import Reference, StageResult
-from compress_search.search.history import STAGES
+from compress_search.search.history import EPOCHS, RECIPE, STAGES, is_finalist
 from compress_search.search.settings import SearchSettings
-from compress_search.search.space import propose
+from compress_search.search.space import Proposal, propose
 
 METRICS = ("accuracy", "mac_ratio")
 CONSTRAINT = "mac_ratio"
@@ -25,7 +25,11 @@ class Runner(Protocol):
         """The exact MAC ratio after some stages."""
 
     def run(
-        self, recipe: Recipe, *, after_stage: Callable[[Stage, StageResult], None] | None = None
+        self,
+        recipe: Recipe,
+        *,
+        after_stage: Callable[[Stage, StageResult], None] | None = None,
+        after_epoch: Callable[[int], None] | None = None,
     ) -> tuple[StageResult, ...]:
         """Run a recipe."""
 
@@ -33,10 +37,10 @@ class Runner(Protocol):
 def run_trial(
     trial: optuna.Trial, *, settings: SearchSettings, runner: Runner, reference: Reference
 ) -> tuple[float, float]:
-    """Compress, fine-tune and judge one candidate.
+    """Compress, fine-tune and judge one candidate, or train a finalist on.
 
-    What is finished is written into the trial's user attributes after every stage, so that a trial that is
-    running or was killed tells how far it is.
+    What is finished is written into the trial's user attributes after every stage and epoch, so that a trial
+    that is running or was killed tells how far it is.
 
     Args:
         trial: A running trial.
@@ -51,13 +55,19 @@ def run_trial(
         optuna.TrialPruned: The accuracy after the first method is too low to go on.
         RatioError: A ratio cannot be reached.
     """
-    proposal = propose(trial, settings, runner.achieved_ratio)
-    trial.set_user_attr("recipe", proposal.recipe.to_dict())
+    if is_finalist(trial):
+        # Its origin has passed the gate.
+        proposal = Proposal(Recipe.from_dict(trial.user_attrs[RECIPE]), gate_after=None)
+    else:
+        proposal = propose(trial, settings, runner.achieved_ratio)
+        trial.set_user_attr(RECIPE, proposal.recipe.to_dict())
     finished: list[StageResult] = []
 
     def after_stage(_: Stage, result: StageResult) -> None:
         finished.append(result)
         trial.set_user_attr(STAGES, [stage.to_dict() for stage in finished])
+        if EPOCHS in trial.user_attrs:
+            trial.set_user_attr(EPOCHS, 0)
         drop = reference.accuracy - result.accuracy
         most = settings.max_drop_after_ssvd
         if len(finished) == proposal.gate_after and most is not None and drop > most:
@@ -67,7 +77,10 @@ def run_trial(
                 f"max_drop_after_ssvd allows {most:.4f}"
             )
 
-    last = runner.run(proposal.recipe, after_stage=after_stage)[-1]
+    def after_epoch(epochs: int) -> None:
+        trial.set_user_attr(EPOCHS, epochs)
+
+    last = runner.run(proposal.recipe, after_stage=after_stage, after_epoch=after_epoch)[-1]
     numbers = {
         "accuracy": last.accuracy,
         "drop": reference.accuracy - last.accuracy,

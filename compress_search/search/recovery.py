@@ -3,74 +3,39 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from compress_search.search.history import (
     ANCHOR,
     DUPLICATE_OF,
+    EPOCHS,
+    EPOCHS_BEFORE,
+    FINALIST_OF,
     INTERRUPTED,
     REASON,
+    RECIPE,
     RETRIES,
     RETRY_OF,
     STAGES,
     STAGES_BEFORE,
     WORKER,
+    is_finalist,
 )
 from compress_search.search.storage import GRACE_SECONDS
+from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
 
 MOST_RETRIES = 3
-"""A trial whose process died this often in a row, at the same stage, is left failed."""
+"""A trial whose process died this often in a row, with no stage or epoch more, is left failed."""
 
 DIED, STOPPED = "died", "stopped"
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A process that runs trials.
-
-    Attributes:
-        host: Name of its machine.
-        pid: Its process id.
-        started: When it started, in seconds since 1970: process ids are used again.
-    """
-
-    host: str
-    pid: int
-    started: float
-
-    @classmethod
-    def this_process(cls) -> Worker:
-        """Describe the process that asks."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON-able values."""
-        return {"host": self.host, "pid": self.pid, "started": self.started}
-
-    def is_known_dead(self) -> bool:
-        """Whether it ran on this machine and does not any more. Of other machines nothing is known."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            another = abs(process.create_time() - self.started) > 1
-            return bool(another or process.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.AccessDenied:
-            return False
 
 
 def recover(study: optuna.Study) -> list[FrozenTrial]:
@@ -117,7 +82,7 @@ def interrupt(study: optuna.Study, trial: FrozenTrial, how: str, reason: str) ->
     storage = study._storage
     attributes = storage.get_trial(trial._trial_id).user_attrs
     if _retries_after(attributes, how) > MOST_RETRIES:
-        reason += f"; so did {MOST_RETRIES} retries at the same stage, so that it is not tried again"
+        reason += f"; so did {MOST_RETRIES} retries without an epoch more, so that it is not tried again"
     try:
         storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, how)
         storage.set_trial_user_attr(trial._trial_id, REASON, f"interrupted: {reason}")
@@ -134,25 +99,46 @@ def queue_retry(study: optuna.Study, trial: FrozenTrial) -> None:
     retries = _retries_after(attributes, attributes.get(INTERRUPTED))
     if retries > MOST_RETRIES:
         return
+    stages, epochs = max(_done(attributes), _done_before(attributes))
+    retry = {RETRY_OF: trial.number, RETRIES: retries, STAGES_BEFORE: stages, EPOCHS_BEFORE: epochs}
+    if is_finalist(trial):
+        queue_finalist(study, trial, {name: attributes[name] for name in (FINALIST_OF, RECIPE)} | retry)
+        return
     kept = {ANCHOR: attributes[ANCHOR]} if ANCHOR in attributes else {}
     study.enqueue_trial(
-        trial.params,
-        user_attrs={
-            **kept,
-            RETRY_OF: trial.number,
-            RETRIES: retries,
-            STAGES_BEFORE: len(attributes.get(STAGES, ())),
-        },
+        # What was fixed for the trial and not asked for yet is fixed for its retry.
+        {**trial.system_attrs.get("fixed_params", {}), **trial.params},
+        user_attrs=kept | retry,
+    )
+
+
+def queue_finalist(study: optuna.Study, origin: FrozenTrial, user_attrs: dict[str, Any]) -> None:
+    """Queue a trial that has another one's parameters from the start, because it is to choose nothing."""
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            params=origin.params,
+            distributions=origin.distributions,
+            user_attrs=user_attrs,
+        )
     )
 
 
 def _retries_after(attributes: Mapping[str, Any], how: str | None) -> int:
-    """How many retries in a row have died, the next one included, without finishing a stage more."""
+    """How many retries in a row have died, the next one included, without a stage or an epoch more."""
     retries: int = attributes.get(RETRIES, 0)
     if how != DIED:
         return retries
-    went_on = len(attributes.get(STAGES, ())) > attributes.get(STAGES_BEFORE, -1)
-    return 1 if went_on else retries + 1
+    return 1 if _done(attributes) > _done_before(attributes) else retries + 1
+
+
+def _done(attributes: Mapping[str, Any]) -> tuple[int, int]:
+    """How many stages a trial has finished, and how many epochs of the next one."""
+    return len(attributes.get(STAGES, ())), attributes.get(EPOCHS, 0)
+
+
+def _done_before(attributes: Mapping[str, Any]) -> tuple[int, int]:
+    return attributes.get(STAGES_BEFORE, -1), attributes.get(EPOCHS_BEFORE, 0)
 
 
 def drop_if_duplicate(study: optuna.Study, trial: optuna.Trial) -> bool:

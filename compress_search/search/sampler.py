@@ -106,6 +106,9 @@ class ReproducibleSampler(BaseSampler):
 class _StudyAsProposed:
     """A study whose trials are numbered by proposal, without those that were replaced by a retry.
 
+    Finalists are left out too: they were trained for longer, so that they say nothing of what the same ratios
+    would come to in another trial.
+
     Like Optuna's own cache, it shows the study as it was when one trial began.
     """
 
@@ -115,10 +118,12 @@ class _StudyAsProposed:
         indices = proposal_indices(trials)
         proposed = {}
         for other in sorted(trials, key=lambda t: (t.state in _VALUABLE, t.number)):
-            proposed[indices[other.number]] = other
+            if other.number in indices:
+                proposed[indices[other.number]] = other
         self._trials = [_with_number(other, index) for index, other in sorted(proposed.items())]
         self.trial_id = trial._trial_id
-        self.index = indices[trial.number]
+        # For a finalist nothing is sampled.
+        self.index = indices.get(trial.number, trial.number)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -145,4 +150,8 @@ def _tidy(value: Any, distribution: BaseDistribution) -> Any:
     """Cut the noise of binary fractions: 0.63, not 0.6300000000000001."""
     if not isinstance(distribution, FloatDistribution):
         return value
+    if distribution.log:
+        # Of a number such as 1.5e-9, ten decimals would leave nothing.
+        value = float(f"{value:.{_DIGITS}g}")
+        return min(max(value, distribution.low), distribution.high)
     return min(max(round(value, _DIGITS), distribution.low), distribution.high)

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from compress_search.exceptions import ConfigError
 from compress_search.methods import METHODS
-from compress_search.recipe import FineTune, compress_faults, sorted_channels
+from compress_search.recipe import Compress, FineTune, compress_faults, sorted_channels
 from compress_search.search.sampler import SAMPLERS
+from compress_search.search.variables import (
+    Choice,
+    Range,
+    Variable,
+    ends,
+    scalar_types,
+    typed,
+    variable_faults,
+    variable_from_dict,
+    variable_to_dict,
+)
 from compress_search.selection import SELECTORS
 
 _MOST_METHODS = 2
+
+TUNINGS = ("fine_tune", "final_fine_tune")
+"""The settings whose own fields can be searched, under names such as ``fine_tune.lr``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +60,9 @@ class SearchSettings:
             method; ``None`` compresses all layers at once.
         fine_tune: The fine-tuning after each method but the last.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
+        variables: Settings for which every trial chooses a value, in place of the one above, by their names:
+            ``"fine_tune.lr"``, ``"final_fine_tune.epochs"``, ``"selection"``. Those of ``fine_tune`` are the
+            last fine-tuning's too, unless ``final_fine_tune`` is given.
         step: Step of the grid of the first method's ratio. Trials with the same ratio share the first
             method's compression and fine-tuning.
         max_drop_after_ssvd: A trial whose accuracy after the first method and its fine-tuning is lower
@@ -69,6 +88,7 @@ class SearchSettings:
     per_layer_fine_tune: FineTune | None = None
     fine_tune: FineTune = field(default_factory=FineTune)
     final_fine_tune: FineTune | None = None
+    variables: Mapping[str, Range | Choice] = field(default_factory=dict)
     step: float = 0.05
     max_drop_after_ssvd: float | None = None
     sampler: str = "tpe"
@@ -78,6 +98,34 @@ class SearchSettings:
         if faults := _faults_of(self):
             raise ConfigError(faults, source="search settings")
         object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
+        object.__setattr__(self, "variables", dict(sorted(self.variables.items())))
+
+    def plain_value(self, name: str) -> Any:
+        """Return the value that a setting has without a search.
+
+        Args:
+            name: One of :func:`searchable`.
+        """
+        group, _, name_in_group = name.rpartition(".")
+        if not group:
+            return getattr(self, name)
+        tuning = self.final_fine_tune if group == "final_fine_tune" else None
+        return getattr(tuning or self.fine_tune, name_in_group)
+
+    def with_values(self, values: Mapping[str, Any]) -> SearchSettings:
+        """Return the settings of one trial, in which nothing is left to search but the ratios.
+
+        Args:
+            values: A value for each variable, by its name. What is missing is as without a search.
+        """
+        own, first, last = (
+            {name.rpartition(".")[2]: value for name, value in values.items() if name.rpartition(".")[0] == g}
+            for g in ("", *TUNINGS)
+        )
+        tuning, final = dataclasses.replace(self.fine_tune, **first), self.final_fine_tune
+        if last:
+            final = dataclasses.replace(tuning if final is None else final, **last)
+        return dataclasses.replace(self, **own, fine_tune=tuning, final_fine_tune=final, variables={})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values."""
@@ -85,6 +133,7 @@ class SearchSettings:
             "methods": list(self.methods),
             "ignore": list(self.ignore),
             "keep_channels": {name: list(channels) for name, channels in self.keep_channels.items()},
+            "variables": {name: variable_to_dict(variable) for name, variable in self.variables.items()},
         }
 
     @classmethod
@@ -97,10 +146,24 @@ class SearchSettings:
                 "ignore": tuple(value["ignore"]),
                 "fine_tune": FineTune(**value["fine_tune"]),
                 "final_fine_tune": _fine_tune_of(value["final_fine_tune"]),
-                # Studies that are older than this setting do not name it.
+                # Studies that are older than these settings do not name them.
                 "per_layer_fine_tune": _fine_tune_of(value.get("per_layer_fine_tune")),
+                "variables": {
+                    name: variable_from_dict(variable)
+                    for name, variable in value.get("variables", {}).items()
+                },
             }
         )
+
+
+@cache
+def searchable() -> Mapping[str, frozenset[type]]:
+    """Return every setting that can be a variable, with its types: those of fine-tunings and of stages."""
+    own, of_tuning = typing.get_type_hints(SearchSettings), typing.get_type_hints(FineTune)
+    stages = [item.name for item in dataclasses.fields(Compress) if item.name in own]
+    hints = {name: own[name] for name in stages}
+    hints |= {f"{group}.{name}": hint for group in TUNINGS for name, hint in of_tuning.items()}
+    return {name: types for name, hint in hints.items() if (types := scalar_types(hint))}
 
 
 def _fine_tune_of(value: Mapping[str, Any] | None) -> FineTune | None:
@@ -130,7 +193,55 @@ def _faults_of(settings: SearchSettings) -> list[str]:
         faults += _unknown("methods", name, METHODS)
     faults += _unknown("selection", s.selection, SELECTORS)
     faults += _unknown("sampler", s.sampler, SAMPLERS)
+    return faults + _variables_faults(s)
+
+
+def _variables_faults(settings: SearchSettings) -> list[str]:
+    variables: Any = settings.variables
+    if not isinstance(variables, Mapping):
+        return [
+            f"variables is {variables!r}; it must be a mapping, such as "
+            "{'fine_tune.lr': Range(1e-4, 1e-1, log=True)}."
+        ]
+    faults: list[str] = []
+    for name, variable in variables.items():
+        types = searchable().get(name)
+        if types is None:
+            faults.append(_not_searchable(name))
+        elif own := variable_faults(name, variable, types):
+            faults += own
+        else:
+            faults += _faults_of_values(settings, name, variable, types)
     return faults
+
+
+def _not_searchable(name: str) -> str:
+    near = difflib.get_close_matches(str(name), searchable(), n=1)
+    own = ", ".join(known for known in searchable() if "." not in known)
+    remedy = f"Did you mean {near[0]!r}?" if near else f"There are {own}, and fine_tune.lr and the like."
+    return f"variables names {name!r}, which is no setting that can be searched. {remedy}"
+
+
+def _faults_of_values(
+    settings: SearchSettings, name: str, variable: Variable, types: frozenset[type]
+) -> list[str]:
+    """Say which values a setting does not take, by trying them."""
+    group, _, name_in_group = name.rpartition(".")
+    faults = []
+    for value in ends(variable):
+        changes = {name_in_group: typed(value, types)}
+        try:
+            if not group:
+                # Beside sound settings: the faults of the others are told by themselves.
+                SearchSettings(target=0.5, **changes)
+            else:
+                dataclasses.replace(
+                    (settings.final_fine_tune if group == "final_fine_tune" else None) or settings.fine_tune,
+                    **changes,
+                )
+        except ConfigError as error:
+            faults += [f"{group}.{fault}" if group else fault for fault in error.faults]
+    return list(dict.fromkeys(faults))
 
 
 def _tolerance_faults(settings: SearchSettings) -> list[str]:

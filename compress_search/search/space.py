@@ -3,13 +3,16 @@
 The ratios of two methods multiply, and their product has to meet the target. So only the first one is free;
 the second is what is still missing after the first, within the target's tolerance. That way nearly every
 trial is feasible, which free sampling under a constraint is not.
+
+Beside the ratios there may be settings that are variables, which are chosen freely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
+from typing import Any
 
 import optuna
 
@@ -17,7 +20,8 @@ from compress_search.exceptions import RatioError
 from compress_search.methods import METHODS
 from compress_search.recipe import Compress, Recipe, Stage
 from compress_search.search.history import ANCHOR
-from compress_search.search.settings import SearchSettings
+from compress_search.search.settings import SearchSettings, searchable
+from compress_search.search.variables import suggest, value_near
 
 AchievedRatio = Callable[[Sequence[Stage]], float]
 """The exact MAC ratio, relative to the original model, after some stages."""
@@ -93,10 +97,15 @@ def anchors(settings: SearchSettings) -> tuple[Anchor, ...]:
 
 def enqueue_anchors(study: optuna.Study, settings: SearchSettings) -> None:
     """Queue the anchors that are not queued yet: all in a new study, the rest if that was interrupted."""
+    # An anchor is to show what the ratios do, so that everything else is as without a search.
+    plain = {
+        name: value_near(variable, settings.plain_value(name), searchable()[name])
+        for name, variable in settings.variables.items()
+    }
     queued = {trial.user_attrs.get(ANCHOR) for trial in study.get_trials(deepcopy=False)}
     for anchor in anchors(settings):
         if anchor.label not in queued:
-            study.enqueue_trial({}, user_attrs={ANCHOR: anchor.label})
+            study.enqueue_trial(plain, user_attrs={ANCHOR: anchor.label})
 
 
 def last_ratio_range(
@@ -125,9 +134,11 @@ def last_ratio_range(
 
 
 def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: AchievedRatio) -> Proposal:
-    """Let a trial choose its ratios, and make its recipe.
+    """Let a trial choose its ratios and the settings that are variables, and make its recipe.
 
-    Every method's ratio becomes a parameter of the trial, the ones with no choice left included.
+    Every method's ratio becomes a parameter of the trial, the ones with no choice left included. The first
+    method's ratio comes first, then the settings of compressing, which decide what it achieves; then the
+    second ratio, then the settings of fine-tuning.
 
     Args:
         trial: The trial.
@@ -142,9 +153,11 @@ def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: Achie
     label = trial.user_attrs.get(ANCHOR)
     anchor = next((anchor for anchor in anchors(settings) if anchor.label == label), None)
     exact = anchor is not None
+    of_tuning = [name for name in settings.variables if "." in name]
+    of_compressing = [name for name in settings.variables if "." not in name]
     if len(names) == 1:
         ratio = trial.suggest_float(names[0], *last_ratio_range(settings, exact=exact))
-        return _proposal(settings, [ratio])
+        return _proposal(settings.with_values(_values(trial, settings, of_compressing + of_tuning)), [ratio])
 
     if anchor is not None:
         first = trial.suggest_float(names[0], anchor.ratio, anchor.ratio)
@@ -152,14 +165,22 @@ def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: Achie
         # The target itself leaves no choice to the second method, so the anchor has tried all of it.
         lowest = ratio_grid(settings.target, settings.step)[1]
         first = trial.suggest_float(names[0], lowest, 1.0, step=settings.step)
+    values = _values(trial, settings, of_compressing)
+    compressing = _compress(settings.with_values(values), settings.methods[0], first)
     try:
-        achieved = achieved_ratio([_compress(settings, settings.methods[0], first)]) if first < 1 else 1.0
+        achieved = achieved_ratio([compressing]) if first < 1 else 1.0
     except RatioError:
         # The sampler is to learn from this trial too, which takes all parameters.
         trial.suggest_float(names[1], *last_ratio_range(settings, first, exact=exact))
+        _values(trial, settings, of_tuning)
         raise
     second = trial.suggest_float(names[1], *last_ratio_range(settings, achieved, exact=exact))
-    return _proposal(settings, [first, second])
+    values |= _values(trial, settings, of_tuning)
+    return _proposal(settings.with_values(values), [first, second])
+
+
+def _values(trial: optuna.Trial, settings: SearchSettings, names: Iterable[str]) -> dict[str, Any]:
+    return {name: suggest(trial, name, settings.variables[name], searchable()[name]) for name in names}
 
 
 def _proposal(settings: SearchSettings, ratios: Sequence[float]) -> Proposal:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.accuracy_scale import AccuracyScale
+from compress_search.leases import LeaseFile
 from compress_search.recipe import FineTune
-from compress_search.results import Candidate, Reference, StageResult
+from compress_search.reports.trials import StageTime
+from compress_search.results import Candidate, Reference, StageResult, format_param, param_names
 from compress_search.search.candidates import STATES
-from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials
-from compress_search.search.recovery import Worker
+from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials, is_finalist
+from compress_search.worker_process import Worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +28,13 @@ class StudyStatus:
         target: The wanted ``mac_ratio``.
         reference: The original model.
         wanted: Total number of finished trials that was last asked for; ``None`` if it never ran.
-        counts: Number of trials by state. Those that a retry stands in for are not counted.
+        counts: Number of trials by state. Those that a retry stands in for are not counted, nor finalists.
+        finalists: Number of finalists by state.
         running: Per running trial, its number and its finished stages.
         abandoned: The numbers of those whose process ran on this machine and is gone.
         best: The most accurate feasible candidate so far, if there is one.
-        seconds_by_stage: Seconds of computing, by stage.
-        reused_stages: Number of stages that trials found finished.
-        seconds_saved: Seconds that computing those had taken.
+        stages: What each kind of stage cost, and what reuse saved. Trials that were interrupted count too.
+        computing: The stages that processes of this study compute now, or wait for, a sentence each.
         n_interrupted: Number of trials that were stopped from outside.
     """
 
@@ -41,13 +43,39 @@ class StudyStatus:
     reference: Reference
     wanted: int | None
     counts: Mapping[str, int]
+    finalists: Mapping[str, int]
     running: Mapping[int, tuple[str, ...]]
     abandoned: tuple[int, ...]
     best: Candidate | None
-    seconds_by_stage: Mapping[str, float]
-    reused_stages: int
-    seconds_saved: float
+    stages: tuple[StageTime, ...]
+    computing: tuple[str, ...]
     n_interrupted: int
+
+    @property
+    def seconds_by_stage(self) -> Mapping[str, float]:
+        """Seconds of computing, by stage."""
+        return {stage.name: stage.seconds for stage in self.stages if stage.computed}
+
+    @property
+    def computed_stages(self) -> int:
+        """Number of stages that trials computed."""
+        return sum(stage.computed for stage in self.stages)
+
+    @property
+    def reused_stages(self) -> int:
+        """Number of stages that trials found finished."""
+        return sum(stage.reused for stage in self.stages)
+
+    @property
+    def seconds_saved(self) -> float:
+        """Seconds that computing those had taken."""
+        return sum(stage.saved for stage in self.stages)
+
+    @property
+    def share_saved(self) -> float:
+        """The part of the time of all stages that reuse saved, in [0, 1]."""
+        spent = sum(stage.seconds for stage in self.stages)
+        return self.seconds_saved / (spent + self.seconds_saved) if self.seconds_saved else 0.0
 
     @property
     def finished(self) -> int:
@@ -61,6 +89,8 @@ class StudyStatus:
             f"Study {self.name!r}: {self.finished}{wanted} trials finished ({states or 'none yet'}).",
             f"Interrupted and run again: {self.n_interrupted}.",
         ]
+        if self.finalists:
+            lines.append(f"Finalists: {', '.join(f'{n} {state}' for state, n in self.finalists.items())}.")
         for number, stages in self.running.items():
             how = (
                 "Abandoned (its process is gone; resume runs it again)"
@@ -68,15 +98,29 @@ class StudyStatus:
                 else "Running"
             )
             lines.append(f"{how}: trial {number}, finished so far: {', '.join(stages) or 'nothing'}.")
+        lines += self.computing
         original = self._scale.accuracy(self.reference.accuracy)
         lines.append(f"Original: accuracy {original}, {self.reference.macs:,} MACs.")
         lines.append(self._best_line())
-        if self.seconds_by_stage:
-            width = max(map(len, self.seconds_by_stage))
-            lines.append("Time per stage:")
-            lines += [f"  {name:<{width}}  {_duration(s)}" for name, s in self.seconds_by_stage.items()]
-        lines.append(f"Reused stages: {self.reused_stages}, which saved {_duration(self.seconds_saved)}.")
+        lines += self._stage_lines()
         return "\n".join(lines)
+
+    def _stage_lines(self) -> list[str]:
+        if not self.stages:
+            return ["No stage is finished yet."]
+        rows = [("stage", "computed", "time", "reused", "saved")]
+        rows += [
+            (s.name, str(s.computed), _duration(s.seconds), str(s.reused), _duration(s.saved))
+            for s in self.stages
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        total = self.reused_stages + self.computed_stages
+        return [
+            *lines,
+            f"Reused: {self.reused_stages} of {total} stages, which saved {_duration(self.seconds_saved)}: "
+            f"{100 * self.share_saved:.0f} % of what computing all of them takes.",
+        ]
 
     @property
     def _scale(self) -> AccuracyScale:
@@ -85,7 +129,9 @@ class StudyStatus:
     def _best_line(self) -> str:
         if self.best is None:
             return f"Best so far: none is feasible at the target {self.target:g}."
-        params = ", ".join(f"{name} {value:.4g}" for name, value in self.best.params.items())
+        params = ", ".join(
+            f"{name} {format_param(self.best.params[name])}" for name in param_names([self.best])
+        )
         return (
             f"Best so far: trial {self.best.number} ({params}), "
             f"accuracy {self._scale.accuracy(self.best.accuracy)}, drop {self._scale.drop(self.best.drop)}, "
@@ -101,6 +147,7 @@ def status_of(
     reference: Reference,
     wanted: int | None,
     best: Candidate | None,
+    leases: Sequence[LeaseFile] = (),
 ) -> StudyStatus:
     """Work out how far a study is.
 
@@ -111,23 +158,23 @@ def status_of(
         reference: The original model.
         wanted: The total asked for.
         best: The best candidate.
+        leases: Who computes which stage of the workspace.
     """
     current = current_trials(trials)
     running = [trial for trial in current if trial.state == TrialState.RUNNING]
-    counted = Counter(STATES[trial.state] for trial in current)
+    counted = Counter(STATES[trial.state] for trial in current if not is_finalist(trial))
     # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
-    stages = [named for trial in trials for named in _named(_stages_of(trial))]
-    seconds: dict[str, float] = {}
-    for label, stage in stages:
-        if not stage.reused:
-            seconds[label] = seconds.get(label, 0.0) + stage.seconds
-    reused = [stage for _, stage in stages if stage.reused]
+    kinds: dict[str, list[StageResult]] = {}
+    for trial in trials:
+        for label, stage in _named(_stages_of(trial)):
+            kinds.setdefault(label, []).append(stage)
     return StudyStatus(
         name=name,
         target=target,
         reference=reference,
         wanted=wanted,
         counts={state: counted[state] for state in STATES.values()},
+        finalists=Counter(STATES[trial.state] for trial in current if is_finalist(trial)),
         running={trial.number: tuple(label for label, _ in _named(_stages_of(trial))) for trial in running},
         abandoned=tuple(
             trial.number
@@ -135,9 +182,8 @@ def status_of(
             if WORKER in trial.user_attrs and Worker(**trial.user_attrs[WORKER]).is_known_dead()
         ),
         best=best,
-        seconds_by_stage=seconds,
-        reused_stages=len(reused),
-        seconds_saved=sum(stage.seconds for stage in reused),
+        stages=tuple(_time_of(label, stages) for label, stages in kinds.items()),
+        computing=tuple(_computing(leases, running)),
         n_interrupted=sum(t.state == TrialState.FAIL and INTERRUPTED in t.user_attrs for t in trials),
     )
 
@@ -154,6 +200,34 @@ def _named(stages: Iterable[StageResult]) -> list[tuple[str, StageResult]]:
         named.append((f"{stage.name} after {before}" if stage.name == FineTune().name else stage.name, stage))
         before = stage.name
     return named
+
+
+def _time_of(name: str, stages: Sequence[StageResult]) -> StageTime:
+    computed = [stage.seconds for stage in stages if not stage.reused]
+    reused = [stage.seconds for stage in stages if stage.reused]
+    return StageTime(name, len(computed), sum(computed), len(reused), sum(reused))
+
+
+def _computing(leases: Iterable[LeaseFile], running: Iterable[FrozenTrial]) -> Iterator[str]:
+    """Say of every stage that this study's processes compute who does so, and who waits for it."""
+    numbers = {
+        Worker(**trial.user_attrs[WORKER]): f"trial {trial.number}"
+        for trial in running
+        if WORKER in trial.user_attrs
+    }
+    for lease in leases:
+        if lease.lease is None or not {lease.lease.holder, *lease.waiting} & numbers.keys():
+            continue
+        holder = lease.lease.holder
+        if holder.is_known_dead():
+            continue
+        said = f"Being computed: {lease.lease}"
+        if holder in numbers:
+            said += f" for {numbers[holder]}"
+        if lease.waiting:
+            who = [numbers.get(worker, str(worker)) for worker in lease.waiting]
+            said += f"; {', '.join(who)} {'waits' if len(who) == 1 else 'wait'} for it"
+        yield f"{said}."
 
 
 def _duration(seconds: float) -> str:

@@ -29,7 +29,9 @@ from compress_search.search.identity import (
 )
 from compress_search.search.objective import METRICS
 from compress_search.search.settings import SearchSettings
+from compress_search.search.stage_uses import remember_database
 from compress_search.search.storage import open_storage, quiet_optuna
+from compress_search.search.variables import Choice, Range
 from compress_search.stages import StageRunner
 from compress_search.task import Task
 from compress_search.training.readiness import check_training
@@ -61,6 +63,7 @@ def create_study(
     per_layer_fine_tune: FineTune | None = None,
     fine_tune: FineTune | None = None,
     final_fine_tune: FineTune | None = None,
+    variables: Mapping[str, Range | Choice] | None = None,
     step: float = 0.05,
     max_drop_after_ssvd: float | None = None,
     sampler: str = "tpe",
@@ -96,6 +99,8 @@ def create_study(
             compresses all layers of a method at once.
         fine_tune: The fine-tuning after each method but the last; ``None`` is the default one.
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
+        variables: Settings for which every trial chooses a value, by name:
+            ``{"fine_tune.lr": Range(1e-4, 1e-1, log=True), "selection": Choice(("optimal", "uniform"))}``.
         step: Step of the grid of the first method's ratio.
         max_drop_after_ssvd: Largest drop of accuracy half-way.
         sampler: How points are proposed.
@@ -131,6 +136,7 @@ def create_study(
         per_layer_fine_tune=per_layer_fine_tune,
         fine_tune=fine_tune or FineTune(),
         final_fine_tune=final_fine_tune,
+        variables={} if variables is None else variables,
         step=step,
         max_drop_after_ssvd=max_drop_after_ssvd,
         sampler=sampler,
@@ -150,6 +156,8 @@ def create_study(
         identity = Identity(_task_identity(task, runner), settings, runner.reference, current_versions())
         study = _create(database, name, identity)
     identity = check_same(study, task=_task_identity(task, runner), settings=settings)
+    if storage is not None:
+        remember_database(place, name, storage)
     return CompressionStudy(
         study, storage=database, workspace=place, identity=identity, task=task, device=where
     )

@@ -21,10 +21,18 @@ from optuna.trial import TrialState, create_trial
 
 from compress_search.exceptions import RatioError, StudyError
 from compress_search.progress import Progress
-from compress_search.search.history import REASON, TRACEBACK, WORKER, finished_trials
+from compress_search.results import format_param
+from compress_search.search.history import (
+    REASON,
+    RETRY_OF,
+    TRACEBACK,
+    WORKER,
+    finished_trials,
+    is_finalist,
+    pending_finalists,
+)
 from compress_search.search.recovery import (
     STOPPED,
-    Worker,
     drop_if_duplicate,
     interrupt,
     queue_retry,
@@ -32,6 +40,7 @@ from compress_search.search.recovery import (
 )
 from compress_search.search.storage import HEARTBEAT_SECONDS
 from compress_search.stopping import StopSwitch
+from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
 
@@ -55,12 +64,13 @@ def run_trials(
     """Run trials until the study has ``n_trials`` finished ones.
 
     Trials that were interrupted, here or elsewhere, are run again and not counted twice. A trial that
-    raises is failed with its reason, and the study goes on.
+    raises is failed with its reason, and the study goes on. Finalists that wait are run beside them.
 
     Args:
         study: The study.
         objective: Returns the values of a trial.
-        n_trials: Total number of finished (complete, pruned or failed) trials of the study.
+        n_trials: Total number of finished (complete, pruned or failed) trials of the study; with 0 only
+            finalists are run.
         timeout: No trial is begun after so many seconds.
         progress: Where to show the trials.
         stop: Is told of signals.
@@ -83,32 +93,40 @@ def run_trials(
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.user_attrs.get(WORKER) == this:
                 interrupt(study, trial, STOPPED, "the search was stopped")
+                progress.say(
+                    f"Stopped. Nothing that is finished is lost, and trial {trial.number} goes on where it "
+                    "was when the study is run again."
+                )
         raise
 
 
 def _run_trials(
     study: optuna.Study, objective: Objective, n_trials: int, deadline: float | None, progress: Progress
 ) -> None:
-    shown = len(finished_trials(recover(study)))
-    if shown >= n_trials:
+    trials = recover(study)
+    shown, finalists = len(finished_trials(trials)), len(pending_finalists(trials))
+    if shown >= n_trials and not finalists:
         logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
         return
     first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
-    with progress.bar("trials", n_trials, done=shown) as advance:
+    with progress.bar("trials", max(n_trials, shown) + finalists, done=shown) as advance:
         while deadline is None or time.monotonic() < deadline:
             trials = recover(study)
             finished = len(finished_trials(trials))
             for _ in range(shown, finished):
                 advance("by another process")
             shown = max(shown, finished)
-            if finished >= n_trials:
+            pending = pending_finalists(trials)
+            if finished >= n_trials and not pending:
                 return
-            if finished + sum(trial.state == TrialState.RUNNING for trial in trials) >= n_trials:
+            running = sum(t.state == TrialState.RUNNING and not is_finalist(t) for t in trials)
+            only_finalists = finished + running >= n_trials
+            if only_finalists and all(trial.state == TrialState.RUNNING for trial in pending):
                 # What the others run may still be interrupted, and then it has to be taken over.
                 time.sleep(_WAITING_SECONDS)
                 continue
-            trial = _claim(study)
-            if drop_if_duplicate(study, trial):
+            trial = _claim(study, only_finalists=only_finalists)
+            if trial is None or drop_if_duplicate(study, trial):
                 continue
             ended = _run(study, trial, objective)
             if ended is None:
@@ -116,14 +134,18 @@ def _run_trials(
                 continue
             note, error = ended
             advance(note)
+            if is_finalist(trial):
+                # Not counted, and not queued again if it failed: settings that ruin every finalist, such as
+                # its learning rate, must not stand in the way of the search.
+                continue
             shown += 1
             if len(first_ends) < _TELLING_FAILURES:
                 first_ends.append((trial, error))
                 _stop_if_all_fail_alike(study, first_ends)
 
 
-def _claim(study: optuna.Study) -> optuna.Trial:
-    """Take the first waiting trial, or a new one.
+def _claim(study: optuna.Study, *, only_finalists: bool) -> optuna.Trial | None:
+    """Take the first waiting trial, or a new one; or else a waiting finalist, if there is still one.
 
     ``Study.ask`` is not used: it has no heartbeat, so that a process killed right after it would leave a
     trial that runs for ever. Here the heartbeat is older than the running state.
@@ -132,7 +154,10 @@ def _claim(study: optuna.Study) -> optuna.Trial:
     assert isinstance(storage, BaseHeartbeat)
     while True:
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        for trial in waiting:
+        if only_finalists:
+            waiting = pending_finalists(waiting)
+        # What was interrupted goes on first.
+        for trial in sorted(waiting, key=lambda t: (RETRY_OF not in t.user_attrs, t.number)):
             storage.record_heartbeat(trial._trial_id)
             try:
                 mine = storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
@@ -141,6 +166,8 @@ def _claim(study: optuna.Study) -> optuna.Trial:
             if mine:
                 storage.set_trial_user_attr(trial._trial_id, WORKER, Worker.this_process().to_dict())
                 return optuna.Trial(study, trial._trial_id)
+        if not waiting and only_finalists:
+            return None
         if not waiting:
             study.add_trial(create_trial(state=TrialState.WAITING))
 
@@ -179,7 +206,7 @@ def _run(
             study.tell(trial, values, state=state, skip_if_finished=True)
     except UpdateFinishedTrialError:
         return None
-    params = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
+    params = ", ".join(f"{name} {format_param(value)}" for name, value in trial.params.items())
     return f"trial {trial.number} ({params}) {state.name.lower()}: {note}", error
 
 

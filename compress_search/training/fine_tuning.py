@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from compress_search.progress import Progress
@@ -22,6 +24,7 @@ def fine_tune(
     progress: Progress,
     checkpoints: CheckpointFolder | None = None,
     stop: StopSwitch | None = None,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> float:
     """Train a model in place, on the device where it lies, and leave it with its best weights.
 
@@ -50,6 +53,8 @@ def fine_tune(
         checkpoints: Where to leave checkpoints, and to go on from. They are of this very call: whoever names
             the folder sees to that, and removes it when the outcome is stored.
         stop: Says when to stop.
+        after_epoch: Called with the number of epochs that are done, after each; what it raises ends the
+            training.
 
     Returns:
         What ``task.score(model)`` says of the weights that were kept.
@@ -77,4 +82,6 @@ def fine_tune(
     with progress.bar("epochs", settings.epochs, done=run.epoch) as advance:
         while run.epoch < settings.epochs:
             advance(run.run_epoch())
+            if after_epoch is not None:
+                after_epoch(run.epoch)
     return run.finish()

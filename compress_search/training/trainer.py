@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,7 +38,15 @@ class Trainer:
     checkpoint_seconds: float
     stop: StopSwitch
 
-    def train(self, model: nn.Module, original: nn.Module, settings: FineTune, key: str) -> float:
+    def train(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        settings: FineTune,
+        key: str,
+        *,
+        after_epoch: Callable[[int], None] | None = None,
+    ) -> float:
         """Train a model in place, or go on where a process that trained the same was killed.
 
         Args:
@@ -45,6 +54,7 @@ class Trainer:
             original: The uncompressed model, which teaches.
             settings: How to train.
             key: The hash of everything that makes the outcome; it is the seed, and names the checkpoints.
+            after_epoch: Called with the number of epochs that are done, after each one of the package's own.
 
         Returns:
             What ``task.score(model)`` says of the weights that were kept.
@@ -53,7 +63,7 @@ class Trainer:
             TrainingError: See :func:`compress_search.training.fine_tuning.fine_tune`.
             KeyboardInterrupt: ``stop`` was requested.
         """
-        folder, seed = self.workspace.checkpoints(key), int(key[:8], 16)
+        folder, seed = self.workspace.checkpoints / key, int(key[:8], 16)
         if self.task.training is not None:
             return train_by(
                 model,
@@ -74,8 +84,9 @@ class Trainer:
             progress=self.progress,
             checkpoints=CheckpointFolder(folder, self.checkpoint_seconds),
             stop=self.stop,
+            after_epoch=after_epoch,
         )
 
     def forget(self, key: str) -> None:
         """Remove the checkpoints of a training whose outcome is stored."""
-        remove_folder(self.workspace.checkpoints(key))
+        remove_folder(self.workspace.checkpoints / key)

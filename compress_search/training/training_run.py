@@ -132,11 +132,14 @@ class TrainingRun:
             # The batches of this epoch are all done.
             self._keep_instant()
             raise
-        self.epoch, self._batch = self.epoch + 1, 0
-        self._total = torch.zeros((), device=self._device)
-        self._safe = self._snapshot()
-        if self._checkpoints is not None:
-            self._checkpoints.save_epoch(self._safe)
+        with self._stop.finishing():
+            self.epoch, self._batch = self.epoch + 1, 0
+            self._total = torch.zeros((), device=self._device)
+            self._safe = self._snapshot()
+            if self._checkpoints is not None:
+                self._checkpoints.save_epoch(self._safe)
+        if self._stop.requested:
+            raise KeyboardInterrupt
         return f"accuracy {score:.4f}, loss {loss:.4f}"
 
     def finish(self) -> float:

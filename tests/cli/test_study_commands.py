@@ -172,6 +172,42 @@ def test_a_drop_that_no_trial_keeps_to_falls_back_on_the_most_accurate(copy: Pat
     assert "(none drops at most -1, so the most accurate one)" in capsys.readouterr().out
 
 
+def test_finalize_trains_on_and_answers(copy: Path, capsys: Output) -> None:
+    assert main(["finalize", "tiny", "--top", "1", "--epochs", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "Finalists:\ntrial  finalist of" in shown.out
+    assert "Front of the study 'tiny'" in shown.out and "Chosen: trial" in shown.out
+    assert "epochs 2/2" in shown.err
+    assert main(["status", "tiny"]) == 0
+    status = capsys.readouterr().out
+    assert "2 of 2 trials finished" in status and "Finalists: 1 complete." in status
+    assert main(["finalize", "tiny", "--top", "1", "--epochs", "2"]) == 0
+    assert "epochs" not in capsys.readouterr().err
+    assert main(["resume", "tiny"]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "said"), [("--top", "top_k is 0"), ("--epochs", "epochs is 0")])
+def test_finalize_with_nothing_to_do_is_an_error(copy: Path, capsys: Output, option: str, said: str) -> None:
+    assert main(["finalize", "tiny", option, "0"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_interrupted_finalize_is_gone_on_with_by_resume(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress_search.training.trainer.fine_tune", interrupted)
+        assert main(["finalize", "tiny", "--top", "2", "--epochs", "2"]) == 130
+    assert "Go on with: compress-search resume runs/tiny" in capsys.readouterr().err
+    assert main(["resume", "tiny"]) == 0
+    assert main(["status", "tiny"]) == 0
+    assert "Finalists: 2 complete." in capsys.readouterr().out
+
+
 def test_validate_shows_the_model_and_starts_nothing(project: Path, capsys: Output) -> None:
     before = sorted(project.iterdir())
     assert main(["validate", "tiny.yaml"]) == 0

@@ -30,17 +30,20 @@ class FakeRunner:
         self.lowest = lowest
         self.store = {}
         self.before_stage = lambda stage: None
+        self.epochs = 0
 
     def achieved_ratio(self, stages):
         return self._macs(stages) / REFERENCE.macs
 
-    def run(self, recipe, *, after_stage=None):
+    def run(self, recipe, *, after_stage=None, after_epoch=None):
         results = []
         key, accuracy = "original", REFERENCE.accuracy
         for position, stage in enumerate(recipe.stages):
             key = content_hash([key, stage_to_dict(stage)])
             reused = key in self.store
             if not reused:
+                if self.epochs and after_epoch is not None:
+                    after_epoch(self.epochs)
                 self.before_stage(stage)
                 lost = (1 - stage.mac_ratio) ** 2 if isinstance(stage, Compress) else 0.75 * (accuracy - 0.9)
                 macs = self._macs(recipe.stages[: position + 1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
 import io
+import json
 import logging
+import re
 from functools import partial
 
 import optuna
@@ -22,15 +25,18 @@ from compress_search.exceptions import (
     TaskError,
     WorkspaceError,
 )
+from compress_search.leases import Lease
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
 from compress_search.results import Reference
 from compress_search.search.identity import DIRECTIONS
-from compress_search.search.recovery import Worker
 from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.study import create_study, load_study
+from compress_search.search.variables import Choice, Range
+from compress_search.task import accuracy
+from compress_search.worker_process import Worker
 from compress_search.workspace import Workspace
 
 QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}
@@ -84,7 +90,7 @@ def test_the_spelt_out_settings_are_those_of_search_settings():
     spelt = inspect.signature(create_study).parameters
     for field in dataclasses.fields(SearchSettings):
         default = spelt[field.name].default
-        if field.name in ("fine_tune", "keep_channels", "shares"):
+        if field.name in ("fine_tune", "keep_channels", "shares", "variables"):
             assert default is None and field.default_factory() == {"fine_tune": FineTune()}.get(
                 field.name, {}
             )
@@ -150,6 +156,50 @@ def test_a_study_opened_without_its_task_can_be_looked_at_only(finished):
         load_study("toy", workspace=folder).test(dataclasses.replace(untested, number=99))
 
 
+def test_what_the_task_cannot_be_trained_by_is_refused_before_anything_is_stored(create, tmp_path):
+    with pytest.raises(TaskError, match="cannot be fine-tuned"):
+        create(fine_tune=FineTune(epochs=1, options={"a": 1}))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_checkpoints_have_to_be_some_time_apart(finished, seconds):
+    study, *_ = finished
+    with pytest.raises(StudyError, match="checkpoint_seconds is"):
+        study.optimize(99, checkpoint_seconds=seconds)
+
+
+def test_a_trial_that_is_stopped_in_its_fine_tuning_goes_on_from_its_checkpoint(
+    create, tiny_task, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="compress_search")
+    until_stop = []
+
+    def evaluate(model, loader):
+        if until_stop and until_stop.pop() == "stop":
+            raise KeyboardInterrupt
+        return accuracy(model, loader)
+
+    def new(folder):
+        settings = {"fine_tune": FineTune(epochs=4), "selection": "uniform", "workspace": tmp_path / folder}
+        return create(task=tiny_task(evaluate=evaluate), **settings)
+
+    undisturbed, study = optimize(new("undisturbed"), 2), new("stopped")
+    until_stop += ["stop", *["go on"] * 4]
+    with pytest.raises(KeyboardInterrupt):
+        optimize(study, 2)
+    assert "goes on from its checkpoint" not in caplog.text
+    optimize(study, 2)
+    assert "goes on from its checkpoint: epoch" in caplog.text
+    found, wanted = (
+        sorted(c.accuracy for c in s.candidates() if c.state == "complete") for s in (study, undisturbed)
+    )
+    assert found == wanted and len(found) == 2
+    assert not list((study.workspace.root / "checkpoints").iterdir())
+    trials = study.optuna_study.trials
+    assert trials[0].user_attrs["reason"] == "interrupted: the search was stopped"
+    assert trials[0].user_attrs["epochs"] == 2
+
+
 def test_the_status_adds_up(finished):
     study, *_ = finished
     status = study.status()
@@ -164,6 +214,14 @@ def test_the_status_adds_up(finished):
         "fine_tune after channel_pruning",
     }
     assert status.reused_stages == sum(s.reused for s in stages)
+    assert status.computed_stages == sum(not s.reused for s in stages)
+    saved = sum(s.seconds for s in stages if s.reused)
+    assert status.seconds_saved == pytest.approx(saved)
+    assert status.share_saved == pytest.approx(saved / sum(s.seconds for s in stages))
+    assert f"Reused: {status.reused_stages} of {len(stages)} stages, which saved " in str(status)
+    assert f": {100 * status.share_saved:.0f} % of what computing all of them takes." in str(status)
+    for kind in status.stages:
+        assert re.search(rf"^{kind.name} +{kind.computed} .* {kind.reused} ", str(status), re.MULTILINE)
     assert status.best == study.best()
     assert f"trial {status.best.number} (c_ssvd " in str(status)
 
@@ -209,6 +267,12 @@ def test_report_and_export_lie_in_the_studys_folder(finished):
         ({"round_to": 2}, "round_to", "1", "2"),
         ({"ignore": ("0",)}, "ignore", "[]", "['0']"),
         ({"keep_channels": {"0": (1,)}}, "keep_channels.0", "'nothing'", "[1]"),
+        (
+            {"variables": {"fine_tune.lr": Range(0.1, 1.0)}},
+            "variables.fine_tune.lr",
+            "'nothing'",
+            "{'low': 0.1, 'high': 1.0,",
+        ),
         ({"per_layer_fine_tune": FineTune()}, "per_layer_fine_tune", "None", "{'epochs': 10,"),
     ],
 )
@@ -276,6 +340,33 @@ def test_training_after_each_layer_leaves_the_stages_of_a_trial_as_they_are(crea
     # Beside them there is the original.
     assert len([*study.workspace.stages.iterdir()]) == len(keys) + 1
     assert study.report(complete[0]).page.is_file()
+
+
+def test_a_study_with_variables_goes_from_a_task_to_its_report(create, tmp_path):
+    variables = {
+        "fine_tune.lr": Range(1e-3, 1e-1, log=True),
+        "fine_tune.epochs": Range(1, 2),
+        "selection": Choice(("optimal", "uniform")),
+    }
+    study = optimize(create(variables=variables), 6)
+    for trial in study.optuna_study.trials:
+        assert set(trial.params) == {"c_ssvd", "c_cp", *variables}
+        stages = Recipe.from_dict(trial.user_attrs["recipe"]).stages
+        tuned = [stage for stage in stages if isinstance(stage, FineTune)]
+        wanted = FineTune(epochs=trial.params["fine_tune.epochs"], lr=trial.params["fine_tune.lr"])
+        assert tuned == [wanted] * len(tuned) != []
+        chosen = {stage.selection for stage in stages if not isinstance(stage, FineTune)}
+        assert chosen == {trial.params["selection"]}
+    best = study.best()
+    files = study.report(best)
+    page = files.page.read_text(encoding="utf-8")
+    assert f"{best.params['fine_tune.lr']:.4g}" in page and "variables.fine_tune.lr.low" in page
+    rows = list(csv.DictReader(io.StringIO(files.table.read_text(encoding="utf-8"))))
+    assert [row["param_selection"] for row in rows] == [c.params["selection"] for c in study.candidates()]
+    assert f"selection {best.params['selection']}" in str(study.status())
+    assert load_study("first", workspace=tmp_path).settings == study.settings
+    exported = json.loads((study.export(best).folder / "candidate.json").read_text())
+    assert exported["search_params"] == best.params
 
 
 @pytest.mark.parametrize("directions", [["minimize", "minimize"], ["maximize"]])
@@ -398,3 +489,32 @@ def test_the_status_tells_a_trial_whose_process_is_gone_from_a_running_one(creat
     text = str(study.status())
     assert "Running: trial 0, finished so far: nothing." in text
     assert "Abandoned (its process is gone; resume runs it again): trial 1," in text
+
+
+def test_the_status_tells_who_computes_what_and_who_waits_for_it(create):
+    study = create()
+    storage, number = study.optuna_study._storage, study.optuna_study._study_id
+    here = Worker.this_process()
+    elsewhere, stranger, dead = (
+        dataclasses.replace(here, **changes)
+        for changes in ({"host": "elsewhere"}, {"host": "strange"}, {"started": 1.0})
+    )
+    for worker in (here, elsewhere, dead):
+        trial = storage.create_new_trial(number)
+        storage.set_trial_user_attr(trial, "worker", worker.to_dict())
+
+    def write(name, holder, since=0.0):
+        lease = Lease("spatial_svd", holder, "token", since)
+        (study.workspace.stages / name).write_text(lease.to_json())
+
+    write("a.lease", here, since=1.0)
+    write("a.lease.waiting-1", elsewhere)
+    write("a.lease.waiting-2", stranger)
+    write("b.lease", elsewhere, since=2.0)
+    write("c.lease", stranger)
+    write("d.lease", dead)
+    first, second = study.status().computing
+    assert first.startswith(f"Being computed: spatial_svd, by process {here.pid} on {here.host} since ")
+    assert first.endswith(f" for trial 0; trial 1, process {here.pid} on strange wait for it.")
+    assert second.endswith(" for trial 1.")
+    assert first in str(study.status())

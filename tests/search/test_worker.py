@@ -17,10 +17,11 @@ from compress_search.exceptions import StudyError
 from compress_search.progress import Progress
 from compress_search.search import worker
 from compress_search.search.history import current_trials, finished_trials
-from compress_search.search.recovery import MOST_RETRIES, Worker
+from compress_search.search.recovery import MOST_RETRIES
 from compress_search.search.space import enqueue_anchors
 from compress_search.search.worker import run_trials
 from compress_search.stopping import StopSwitch
+from compress_search.worker_process import Worker
 
 
 class Killed(BaseException):
@@ -248,7 +249,7 @@ def test_a_trial_that_kills_its_process_again_and_again_is_left_failed(new_study
     study = new_study()
     search(study, objective(runner), 2)
     assert states(study) == ["FAIL"] * (MOST_RETRIES + 1) + ["COMPLETE"]
-    assert "so did 3 retries at the same stage" in study.trials[MOST_RETRIES].user_attrs["reason"]
+    assert "so did 3 retries without an epoch more" in study.trials[MOST_RETRIES].user_attrs["reason"]
     assert len(finished_trials(study.trials)) == 2
 
 
@@ -260,6 +261,55 @@ def test_a_trial_that_goes_on_a_stage_each_time_is_never_given_up(new_study, obj
     study = new_study()
     search(study, objective(runner), 1)
     assert states(study) == ["FAIL"] * 6 + ["COMPLETE"]
+
+
+def test_a_trial_that_goes_on_an_epoch_each_time_is_never_given_up(new_study, objective, runner):
+    deaths = 2 * MOST_RETRIES
+    for epochs in range(1, deaths + 1):
+        # The stage that runs has done one epoch more each time, and is killed in the next one.
+        runner.epochs, runner.before_stage = epochs, dying
+        with pytest.raises(Killed):
+            search(new_study(), objective(runner), 1)
+    runner.before_stage = lambda stage: None
+    study = new_study()
+    search(study, objective(runner), 1)
+    assert states(study) == ["FAIL"] * deaths + ["COMPLETE"]
+    assert [t.user_attrs.get("epochs_before") for t in study.trials] == [None, *range(1, deaths + 1)]
+
+
+def test_a_trial_that_comes_no_further_in_its_epochs_is_given_up(new_study, objective, runner):
+    # Dying early in one retry does not make the next one's old epochs count as new.
+    for epochs in (3, 2, 3, 1):
+        runner.epochs, runner.before_stage = epochs, dying
+        with pytest.raises(Killed):
+            search(new_study(), objective(runner), 1)
+    study = new_study()
+    search(study, objective(runner), 1)
+    assert states(study) == ["FAIL"] * 4
+    assert "without an epoch more" in study.trials[3].user_attrs["reason"]
+
+
+def dying(stage):
+    raise Killed
+
+
+def test_what_was_interrupted_goes_on_first(new_study, objective, runner, make_settings):
+    study = new_study()
+    enqueue_anchors(study, make_settings())
+    counting(runner, stop_at=(1,), error=Killed)
+    with pytest.raises(Killed):
+        search(study, objective(runner), 2)
+    search(study, objective(runner), 1)
+    (first,) = finished_trials(study.trials)
+    assert first.user_attrs["retry_of"] == 0
+
+
+def test_stopping_tells_which_trial_goes_on(new_study, objective, runner, caplog):
+    caplog.set_level("INFO", logger="compress_search")
+    counting(runner, stop_at=(2,), error=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search(new_study(), objective(runner), 1)
+    assert "Nothing that is finished is lost, and trial 0 goes on where it was" in caplog.text
 
 
 def test_stopping_a_search_is_not_held_against_the_trial(new_study, objective, runner):

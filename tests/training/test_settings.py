@@ -125,7 +125,10 @@ def test_a_model_that_needs_its_images_as_they_are_gets_them_so(tiny_task):
 
     batches = [(torch.randn(8, 2, 6, 6), torch.arange(8) % 3)]
     task = tiny_task(train=batches, validation=batches, example_input=batches[0][0], evaluate=rising())
-    trained(task, Viewing(), channels_last=True)
+    model = Viewing()
+    before = model.head.weight.detach().clone()
+    trained(task, model, channels_last=True)
+    assert not torch.equal(model.head.weight, before)
 
 
 def test_mixed_precision_runs_the_model_in_it(tiny_task, tiny_net):

@@ -1,0 +1,58 @@
+"""The example of a training function of the user's own: by Lightning, killed and resumed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from compress_search.progress import Progress
+from compress_search.recipe import FineTune
+from compress_search.stopping import StopSwitch
+from compress_search.training.trainer import Trainer
+from compress_search.workspace import Workspace
+
+STUDIES = Path(__file__).parents[1] / "studies"
+
+pytest.importorskip("lightning", reason="Lightning is not installed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def train(tiny_task, tiny_net, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDIES))
+    from lightning_training import train_with_lightning
+
+    # Lightning takes a list of batches for a list of loaders.
+    loader = DataLoader(tiny_task().train.dataset, batch_size=16)
+
+    def run(workspace, *, training=train_with_lightning, stop=None):
+        task = tiny_task(train=loader, training=training)
+        trainer = Trainer(task, Workspace(tmp_path / workspace), Progress(), 60.0, stop or StopSwitch())
+        model = tiny_net()
+        settings = FineTune(epochs=4, lr=5e-3)
+        return model, trainer.train(model, tiny_net(seed=1), settings, "0123456789abcdef"), task
+
+    yield run
+    sys.modules.pop("lightning_training", None)
+
+
+def test_it_learns(train, tiny_net):
+    model, score, task = train("whole")
+    assert score == task.score(model) > task.score(tiny_net())
+
+
+def test_stopped_at_the_end_of_an_epoch_it_goes_on_there(train, stop_at):
+    whole, *_ = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", stop=stop_at(7))
+    model, *_ = train("stopped")
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
