@@ -26,8 +26,6 @@ from compress_search.workspace import Workspace, remove_folder
 _HOUR = 3600.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 """What is being written has such a name until it is whole."""
-CHECKPOINTS = "checkpoints"
-"""The folder of the workspace with the checkpoints of unfinished fine-tunings, a folder each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +181,7 @@ def take_inventory(workspace: Workspace, uses: StageUses) -> Inventory:
         stages=tuple(sorted((s for s in stages if s is not None), key=lambda stage: stage.made)),
         damaged=_items(path for path in folders if DAMAGED in path.name),
         tables=_items(path for path in _entries(workspace.tables) if path.suffix == ".jsonl"),
-        unfinished=_items(
-            path for path in _entries(workspace.root / CHECKPOINTS) if not path.name.startswith(".")
-        ),
+        unfinished=_items(path for path in _entries(workspace.checkpoints) if not path.name.startswith(".")),
         temporary=_items(_temporary_files(workspace)),
         leases=tuple(lease_files(workspace.stages)),
         abandoned_waiting=_items(waiting),
@@ -323,7 +319,7 @@ def _is_dead(lease: LeaseFile) -> bool:
 def _is_wanted_again(workspace: Workspace, removal: Removal) -> bool:
     """Whether a stage was found, or a checkpoint continued, since the inventory was taken."""
     item = removal.item
-    if item.path.parent not in (workspace.stages, workspace.root / CHECKPOINTS):
+    if item.path.parent not in (workspace.stages, workspace.checkpoints):
         return False
     held = {lease.key for lease in lease_files(workspace.stages) if not _is_dead(lease)}
     return item.path.name in held or _last_change(item.path) > item.used
@@ -351,7 +347,7 @@ def _stage(folder: Path, uses: StageUses) -> StoredStage | None:
 
 
 def _temporary_files(workspace: Workspace) -> Iterator[Path]:
-    checkpoints = workspace.root / CHECKPOINTS
+    checkpoints = workspace.checkpoints
     for folder in (workspace.root, workspace.stages, workspace.tables, checkpoints, *_entries(checkpoints)):
         yield from (path for path in _entries(folder) if _TEMPORARY.fullmatch(path.name))
 

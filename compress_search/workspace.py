@@ -6,6 +6,7 @@ Layout::
       study.db                 the Optuna studies (SQLite)
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
       checkpoints/<key>/       one fine-tuning that is not finished
+      stages/<key>.lease      somebody computes this stage now
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
@@ -71,9 +72,10 @@ class Workspace:
         """The folder of all stage results, shared by every study of this workspace."""
         return self.root / "stages"
 
-    def checkpoints(self, key: str) -> Path:
-        """The folder of the checkpoints of one fine-tuning that is not finished."""
-        return self.root / "checkpoints" / key
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all fine-tunings that are not finished, a folder of checkpoints each, by key."""
+        return self.root / "checkpoints"
 
     @property
     def tables(self) -> Path:

@@ -62,6 +62,18 @@ def test_channels_to_keep_are_read_saved_and_overridden(write: Write, tmp_path: 
     assert other.search.keep_channels == {"stem": (5,)}
 
 
+def test_a_grid_is_read_saved_and_overridden(write: Write, tmp_path: Path) -> None:
+    config = StudyConfig.load(write(MINIMAL + "sampler: grid\ngrid: {c_ssvd: [1, .8], c_cp: [0.6]}\n"))
+    assert config.search.grid == {"c_ssvd": (1.0, 0.8), "c_cp": (0.6,)}
+    config.save(tmp_path / "config.yaml")
+    assert StudyConfig.load(tmp_path / "config.yaml") == config
+    other = StudyConfig.load(tmp_path / "config.yaml", ["grid={c_ssvd: [0.7]}"])
+    assert other.search.grid == {"c_ssvd": (0.7,)}
+    assert faults_of(write(MINIMAL + "sampler: grid\ngrid: {c_ssvd: 0.8}\n"))[0] == (
+        "grid.c_ssvd is 0.8; it must be a list."
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

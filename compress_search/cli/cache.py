@@ -18,7 +18,7 @@ from compress_search.workspace import WORKSPACE_VARIABLE, Workspace, default_wor
 if TYPE_CHECKING:
     from compress_search.stage_inventory import Inventory, Item, Removal, StageUses, StoredStage, Use
 
-_KEY_DIGITS = 10
+_KEY_DIGITS, _SHOWN_TRIALS = 10, 6
 _DAY = 86_400.0
 _NUMBERS = ("accuracy", "mac_ratio", "took", "size", "age")
 
@@ -108,7 +108,7 @@ def list_stages(args: argparse.Namespace) -> int:
                 "" if result is None else duration(result.seconds),
                 byte_size(stage.size),
                 _age(now - stage.made),
-                f"DAMAGED: {stage.fault}" if stage.fault else _users(stage.uses),
+                f"DAMAGED: {stage.fault}" if stage.fault else _users(stage.uses, most=_SHOWN_TRIALS),
             ]
         )
     others = (
@@ -256,15 +256,18 @@ def _item_as_json(item: Item) -> dict[str, Any]:
     return {"path": str(item.path), "bytes": item.size, "used": item.used}
 
 
-def _users(uses: Iterable[Use], *, states: bool = False) -> str:
-    """Name the trials by study, for example ``digits: original, 0, 3``."""
+def _users(uses: Iterable[Use], *, states: bool = False, most: int = 1000) -> str:
+    """Name the trials by study, for example ``digits: original, 0, 3``; not more than ``most`` of each."""
     by_study: dict[str, list[str]] = {}
     for use in uses:
         name = use.state if use.trial is None else str(use.trial)
         if states and use.trial is not None:
             name = f"trial {use.trial} ({use.state})"
         by_study.setdefault(use.study, []).append(name)
-    return "; ".join(f"{study}: {', '.join(names)}" for study, names in by_study.items())
+    return "; ".join(
+        f"{study}: {', '.join(names[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
+        for study, names in by_study.items()
+    )
 
 
 def _short(item: Item) -> str:

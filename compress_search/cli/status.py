@@ -14,13 +14,20 @@ def add_parser(subparsers: Any) -> None:
         "status",
         help="trials by state, the best so far, time per stage, what reuse saved",
         description="Tell how far a study is. It may be running meanwhile.",
-        epilog="Example: compress-search status digits",
+        epilog="Example: compress-search status digits --trial 7",
     )
     add_study_argument(parser)
+    parser.add_argument(
+        "--trial",
+        type=int,
+        metavar="N",
+        help="everything about one trial: its stages, its process, its retries, why it ended as it did",
+    )
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the status."""
-    print(find_study(args).open().status())
+    study = find_study(args).open()
+    print(study.status() if args.trial is None else study.trial_history(args.trial))
     return 0

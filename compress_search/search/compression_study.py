@@ -32,8 +32,9 @@ from compress_search.search.history import RECIPE, current_trials, pending_final
 from compress_search.search.identity import Identity
 from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
-from compress_search.search.space import enqueue_anchors
+from compress_search.search.space import enqueue_anchors, trials_in_reach
 from compress_search.search.status import StudyStatus, status_of
+from compress_search.search.trial_history import TrialHistory, trial_history
 from compress_search.search.worker import run_trials
 from compress_search.stages import StageRunner
 from compress_search.stopping import StopSwitch
@@ -110,7 +111,8 @@ class CompressionStudy:
         """Search until the study has ``n_trials`` finished trials; resumes whatever was interrupted.
 
         Args:
-            n_trials: The study's total. A study that has as many does nothing.
+            n_trials: The study's total. A study that has as many does nothing, and a grid ends with its
+                last point.
             timeout: No trial is begun after so many seconds.
             checkpoint_seconds: A fine-tuning leaves a checkpoint so often, and after each epoch; what a
                 process that is killed had done since then is done again.
@@ -125,6 +127,7 @@ class CompressionStudy:
         if n_trials < 1:
             raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
         self._needed_task("optimize")
+        n_trials = trials_in_reach(self.settings, n_trials)
         self.optuna_study.set_user_attr(_WANTED, n_trials)
         with claiming(self.optuna_study):
             # Two processes that begin at the same time would both find that none is queued.
@@ -214,6 +217,18 @@ class CompressionStudy:
             best=front.choose() if len(front) else None,
             leases=lease_files(self.workspace.stages),
         )
+
+    def trial_history(self, number: int) -> TrialHistory:
+        """Tell what became of one trial, and why.
+
+        Args:
+            number: Of the trial, as in the tables and the dashboard.
+
+        Raises:
+            StudyError: There is no such trial; the message says which there are.
+        """
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        return trial_history(trials, number, study=self.name, stages=self.workspace.stages)
 
     def test(self, candidate: Candidate) -> TestScore:
         """Evaluate a candidate and the original on the test data, once; later calls read what was stored.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from compress_search.exceptions import ConfigError
 from compress_search.methods import METHODS
 from compress_search.recipe import Compress, FineTune, compress_faults, sorted_channels
-from compress_search.search.sampler import SAMPLERS
+from compress_search.search.sampler import GRID, SAMPLERS, missing_package
 from compress_search.search.variables import (
     Choice,
     Range,
@@ -68,6 +68,9 @@ class SearchSettings:
         max_drop_after_ssvd: A trial whose accuracy after the first method and its fine-tuning is lower
             than the original's by more than this (0.05 is five points) is pruned; ``None`` prunes none.
         sampler: How points are proposed, a key of :data:`compress_search.search.sampler.SAMPLERS`.
+        grid: For the ``grid`` sampler: the ratios to try, by the methods' ratio names. Every combination is
+            tried once, in the order of the lists, and nothing else. Without a list for the last method it
+            gets what is missing to the target; with one the target only judges.
         seed: Fixes the proposals, the calibration samples and the fine-tuning.
     """
 
@@ -92,6 +95,7 @@ class SearchSettings:
     step: float = 0.05
     max_drop_after_ssvd: float | None = None
     sampler: str = "tpe"
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,6 +103,7 @@ class SearchSettings:
             raise ConfigError(faults, source="search settings")
         object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
         object.__setattr__(self, "variables", dict(sorted(self.variables.items())))
+        object.__setattr__(self, "grid", {name: tuple(ratios) for name, ratios in self.grid.items()})
 
     def plain_value(self, name: str) -> Any:
         """Return the value that a setting has without a search.
@@ -133,6 +138,7 @@ class SearchSettings:
             "methods": list(self.methods),
             "ignore": list(self.ignore),
             "keep_channels": {name: list(channels) for name, channels in self.keep_channels.items()},
+            "grid": {name: list(ratios) for name, ratios in self.grid.items()},
             "variables": {name: variable_to_dict(variable) for name, variable in self.variables.items()},
         }
 
@@ -148,6 +154,7 @@ class SearchSettings:
                 "final_fine_tune": _fine_tune_of(value["final_fine_tune"]),
                 # Studies that are older than these settings do not name them.
                 "per_layer_fine_tune": _fine_tune_of(value.get("per_layer_fine_tune")),
+                "grid": {name: tuple(ratios) for name, ratios in value.get("grid", {}).items()},
                 "variables": {
                     name: variable_from_dict(variable)
                     for name, variable in value.get("variables", {}).items()
@@ -193,7 +200,68 @@ def _faults_of(settings: SearchSettings) -> list[str]:
         faults += _unknown("methods", name, METHODS)
     faults += _unknown("selection", s.selection, SELECTORS)
     faults += _unknown("sampler", s.sampler, SAMPLERS)
-    return faults + _variables_faults(s)
+    if package := missing_package(s.sampler):
+        faults.append(
+            f"sampler is {s.sampler!r}, which needs {package}: pip install {package}, or choose tpe, which "
+            "needs nothing."
+        )
+    return faults + _grid_faults(s) + _variables_faults(s)
+
+
+def _grid_faults(settings: SearchSettings) -> list[str]:
+    names = [METHODS[method].ratio_name for method in settings.methods if method in METHODS]
+    example = f"grid={{{', '.join(f'{name!r}: [0.9, 0.8]' for name in names)}}}"
+    grid: Any = settings.grid
+    if not isinstance(grid, Mapping):
+        return [f"grid is {grid!r}; it must be a mapping of ratio names to lists, such as {example}."]
+    if settings.sampler != GRID:
+        unused = f"grid is given, but the sampler {settings.sampler!r} does not use it. "
+        return [f"{unused}Choose sampler={GRID!r}, or leave grid out."] if grid else []
+    if not names:
+        return []
+    if not grid:
+        return [f"sampler is {GRID!r}, which needs the ratios to try: {example}."]
+    faults = [fault for name in grid for fault in _unknown("grid", name, names)]
+    if names[0] not in grid:
+        faults.append(
+            f"grid has no {names[0]}, the ratio of {settings.methods[0]}. Write, for example, {example}."
+        )
+    if settings.variables:
+        faults.append(
+            f"variables names {', '.join(map(str, settings.variables))}, but the sampler {GRID!r} tries the "
+            "ratios of grid and nothing else. Leave variables out, or choose another sampler."
+        )
+    own = [fault for name in names if name in grid for fault in _faults_of_ratios(name, grid[name])]
+    if own or faults:
+        return faults + own
+    return _faults_of_points(settings, names)
+
+
+def _faults_of_ratios(name: str, ratios: Any) -> list[str]:
+    if isinstance(ratios, str) or not isinstance(ratios, Sequence) or not ratios:
+        return [f"grid.{name} is {ratios!r}; it must be a list of ratios, for example [0.9, 0.8]."]
+    wrong = [r for r in ratios if isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 1]
+    if wrong:
+        return [f"grid.{name} has {', '.join(map(repr, wrong))}; ratios are in (0, 1]: MACs kept / MACs."]
+    twice = sorted({ratio for ratio in ratios if list(ratios).count(ratio) > 1})
+    return [f"grid.{name} has {', '.join(map(repr, twice))} twice. Remove one."] if twice else []
+
+
+def _faults_of_points(settings: SearchSettings, names: Sequence[str]) -> list[str]:
+    first, last = settings.grid[names[0]], settings.grid.get(names[-1])
+    if last is None:
+        # Of what is less than the target nothing may be removed, so that it can only end beside it.
+        low = settings.target * (1 - settings.tolerance)
+        if less := [ratio for ratio in first if ratio < low]:
+            return [
+                f"grid.{names[0]} has {', '.join(map(repr, less))}, less than the target {settings.target!r} "
+                f"and its tolerance, so that nothing is left for {names[-1]}. Remove it, or list ratios of "
+                f"{names[-1]} too."
+            ]
+    elif 1 in first and 1 in last:
+        both = " and ".join(f"grid.{name}" for name in dict.fromkeys(names))
+        return [f"{both} {'have' if len(names) > 1 else 'has'} 1, which is the original model. Remove it."]
+    return []
 
 
 def _variables_faults(settings: SearchSettings) -> list[str]:

@@ -4,11 +4,15 @@ The ratios of two methods multiply, and their product has to meet the target. So
 the second is what is still missing after the first, within the target's tolerance. That way nearly every
 trial is feasible, which free sampling under a constraint is not.
 
-Beside the ratios there may be settings that are variables, which are chosen freely.
+Beside the ratios there may be settings that are variables, which are chosen freely. With the ``grid`` sampler
+nothing is: the user lists the ratios.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -19,9 +23,12 @@ import optuna
 from compress_search.exceptions import RatioError
 from compress_search.methods import METHODS
 from compress_search.recipe import Compress, Recipe, Stage
-from compress_search.search.history import ANCHOR
+from compress_search.search.history import ANCHOR, proposal_indices
+from compress_search.search.sampler import GRID
 from compress_search.search.settings import SearchSettings, searchable
 from compress_search.search.variables import suggest, value_near
+
+logger = logging.getLogger("compress_search")
 
 AchievedRatio = Callable[[Sequence[Stage]], float]
 """The exact MAC ratio, relative to the original model, after some stages."""
@@ -71,12 +78,57 @@ def ratio_grid(target: float, step: float) -> tuple[float, ...]:
     return (target, *reversed(points))
 
 
+def grid_points(settings: SearchSettings) -> tuple[tuple[float, ...], ...]:
+    """Return the points of the ``grid`` sampler, in the order in which they are tried.
+
+    Returns:
+        The ratio of each method; the last one's is left out where it is to be what is missing.
+    """
+    names = [METHODS[method].ratio_name for method in settings.methods]
+    return tuple(itertools.product(*(settings.grid[name] for name in names if name in settings.grid)))
+
+
+def trials_in_reach(settings: SearchSettings, n_trials: int) -> int:
+    """Return how many trials there can be of a number that is asked for, and log if they are fewer.
+
+    A grid has so many points and no more. Those that ask for something else than the target are logged too.
+    """
+    if settings.sampler != GRID:
+        return n_trials
+    points = grid_points(settings)
+    outside = [
+        point
+        for point in points
+        if len(point) == len(settings.methods)
+        and abs(math.prod(point) - settings.target) > settings.tolerance * settings.target * (1 + 1e-9)
+    ]
+    if outside:
+        logger.warning(
+            "%d of the %d points of the grid are not within the tolerance of the target %g; they are tried, "
+            "but will hardly be feasible: %s.",
+            len(outside),
+            len(points),
+            settings.target,
+            ", ".join(" x ".join(f"{ratio:g}" for ratio in point) for point in outside),
+        )
+    if n_trials > len(points):
+        logger.info(
+            "The grid has %d points, so that the study ends with %d trials, not %d.",
+            len(points),
+            len(points),
+            n_trials,
+        )
+    return min(n_trials, len(points))
+
+
 def anchors(settings: SearchSettings) -> tuple[Anchor, ...]:
     """Return the points that come first, each ratio once.
 
     Either method alone, both with the same ratio, and the guidebook's example; for a single method, the
-    target itself.
+    target itself. Beside a grid, which says itself what is tried, there are none.
     """
+    if settings.sampler == GRID:
+        return ()
     target = settings.target
     if len(settings.methods) == 1:
         return (Anchor("target", target),)
@@ -148,8 +200,11 @@ def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: Achie
 
     Raises:
         RatioError: The first method cannot reach its ratio.
+        optuna.TrialPruned: All points of the grid are taken.
     """
     names = [METHODS[method].ratio_name for method in settings.methods]
+    if settings.sampler == GRID:
+        return _propose_of_grid(trial, settings, achieved_ratio, names)
     label = trial.user_attrs.get(ANCHOR)
     anchor = next((anchor for anchor in anchors(settings) if anchor.label == label), None)
     exact = anchor is not None
@@ -177,6 +232,27 @@ def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: Achie
     second = trial.suggest_float(names[1], *last_ratio_range(settings, achieved, exact=exact))
     values |= _values(trial, settings, of_tuning)
     return _proposal(settings.with_values(values), [first, second])
+
+
+def _propose_of_grid(
+    trial: optuna.Trial, settings: SearchSettings, achieved_ratio: AchievedRatio, names: Sequence[str]
+) -> Proposal:
+    """Take the point with the index of the proposal, so that two workers never take the same one."""
+    points = grid_points(settings)
+    index = proposal_indices(trial.study.get_trials(deepcopy=False))[trial.number]
+    if index >= len(points):
+        raise optuna.TrialPruned(f"all {len(points)} points of the grid are taken")
+    point = points[index]
+    ratios = [trial.suggest_float(name, ratio, ratio) for name, ratio in zip(names, point, strict=False)]
+    if len(ratios) < len(names):
+        first = ratios[0]
+        try:
+            achieved = achieved_ratio([_compress(settings, settings.methods[0], first)]) if first < 1 else 1.0
+        except RatioError:
+            trial.suggest_float(names[1], *last_ratio_range(settings, first, exact=True))
+            raise
+        ratios.append(trial.suggest_float(names[1], *last_ratio_range(settings, achieved, exact=True)))
+    return _proposal(settings, ratios)
 
 
 def _values(trial: optuna.Trial, settings: SearchSettings, names: Iterable[str]) -> dict[str, Any]:

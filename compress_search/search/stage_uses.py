@@ -9,23 +9,22 @@ from pathlib import Path
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
 
 from compress_search.exceptions import StudyError, StudyMismatchError
 from compress_search.fingerprint import content_hash
 from compress_search.results import ParetoFront
 from compress_search.search.candidates import STATES, candidate_of
-from compress_search.search.history import RETRY_OF, STAGES, current_trials
+from compress_search.search.history import FINALIST_OF, RETRY_OF, STAGES, current_trials
 from compress_search.search.identity import Identity, is_foreign, load_identity
-from compress_search.search.storage import open_storage, parse_url
-from compress_search.stage_inventory import CHECKPOINTS, StageUses, Use
+from compress_search.search.storage import open_storage, parse_url, shown_url
+from compress_search.stage_inventory import StageUses, Use
 from compress_search.workspace import Workspace, write_json_atomically
 
 _ELSEWHERE = "database.json"
 """File in the folder of a study whose database is not the workspace's."""
 _STUDY_FILES = (_ELSEWHERE, "config.yaml", "study.log", "report.html")
 """A folder of the workspace that has one of these is a study's."""
-_GOES_ON_FROM = (RETRY_OF, "finalist_of")
+_GOES_ON_FROM = (RETRY_OF, FINALIST_OF)
 """User attributes that name the trial whose stages another one begins with."""
 _DAY = 86_400.0
 
@@ -43,8 +42,7 @@ def remember_database(workspace: Workspace, study: str, url: str) -> None:
         parsed = parsed.set(database=str(Path(parsed.database).absolute()))
     if parsed.database == str(workspace.database.absolute()):
         return
-    shown = parsed.render_as_string(hide_password=True)
-    write_json_atomically(workspace.study_folder(study) / _ELSEWHERE, {"storage": shown})
+    write_json_atomically(workspace.study_folder(study) / _ELSEWHERE, {"storage": shown_url(parsed)})
 
 
 def stage_uses(workspace: Workspace, storage: str | None = None) -> StageUses:
@@ -101,7 +99,7 @@ def _databases(workspace: Workspace, storage: str | None, gaps: list[str]) -> It
     if workspace.database.is_file():
         yield open_storage(None, workspace, must_exist=True)
     if storage is not None:
-        opened.add(make_url(storage).render_as_string(hide_password=True))
+        opened.add(shown_url(parse_url(storage)))
         yield open_storage(storage, workspace, must_exist=True)
     for folder in _study_folders(workspace):
         file = folder / _ELSEWHERE
@@ -161,7 +159,7 @@ def _unfinished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 def _study_folders(workspace: Workspace) -> list[Path]:
     if not workspace.root.is_dir():
         return []
-    own = {workspace.stages.name, workspace.tables.name, CHECKPOINTS}
+    own = {workspace.stages.name, workspace.tables.name, workspace.checkpoints.name}
     return [
         path
         for path in sorted(workspace.root.iterdir())

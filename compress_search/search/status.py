@@ -166,7 +166,7 @@ def status_of(
     # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
     kinds: dict[str, list[StageResult]] = {}
     for trial in trials:
-        for label, stage in _named(_stages_of(trial)):
+        for label, stage in named_stages(_stages_of(trial)):
             kinds.setdefault(label, []).append(stage)
     return StudyStatus(
         name=name,
@@ -175,7 +175,9 @@ def status_of(
         wanted=wanted,
         counts={state: counted[state] for state in STATES.values()},
         finalists=Counter(STATES[trial.state] for trial in current if is_finalist(trial)),
-        running={trial.number: tuple(label for label, _ in _named(_stages_of(trial))) for trial in running},
+        running={
+            trial.number: tuple(label for label, _ in named_stages(_stages_of(trial))) for trial in running
+        },
         abandoned=tuple(
             trial.number
             for trial in running
@@ -192,7 +194,7 @@ def _stages_of(trial: FrozenTrial) -> list[StageResult]:
     return [StageResult.from_dict(stage) for stage in trial.user_attrs.get(STAGES, ())]
 
 
-def _named(stages: Iterable[StageResult]) -> list[tuple[str, StageResult]]:
+def named_stages(stages: Iterable[StageResult]) -> list[tuple[str, StageResult]]:
     """Tell the fine-tunings apart by what they come after."""
     named = []
     before = ""

@@ -24,6 +24,14 @@ HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 """A running trial that said nothing for this long is taken for dead."""
 _SQLITE_WAIT_SECONDS = 30
+_DRIVERS = {
+    "postgresql": ("postgresql+psycopg", "psycopg", "pip install 'psycopg[binary]'"),
+    "mysql": ("mysql+pymysql", "pymysql", "pip install pymysql"),
+    "mariadb": ("mariadb+pymysql", "pymysql", "pip install pymysql"),
+}
+"""For each kind of server the driver that is tried, its module, and where it comes from."""
+_SECRET = "pass"
+"""Part of the names of URL options that hold a password: ``?password=``, ``?passwd=``."""
 
 _NO_HEARTBEAT = (
     "cannot keep a study that is to be resumed: it has no heartbeat, so a trial whose process was killed "
@@ -112,7 +120,7 @@ def parse_url(url: object) -> URL:
         )
     try:
         return make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         # The value is not shown, and not chained either: it may hold a password.
         raise StudyError(
             "storage is not the URL of a database. Write, for example, sqlite:///studies.db or "
@@ -120,8 +128,33 @@ def parse_url(url: object) -> URL:
         ) from None
 
 
+def shown_url(url: URL) -> str:
+    """Return a URL for people, without its password, wherever in it that stands."""
+    query = {name: "***" if _SECRET in name.lower() else value for name, value in url.query.items()}
+    # Asterisks are escaped in options, which nobody could read.
+    return url.set(query=query).render_as_string(hide_password=True).replace("%2A", "*")
+
+
+def _without_password(text: str, url: URL) -> str:
+    """Blot a URL's passwords out of what a driver said."""
+    secrets = [str(url.password or ""), *(str(v) for k, v in url.query.items() if _SECRET in k.lower())]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _driver_remedy(url: URL) -> str:
+    name = url.get_backend_name()
+    if name not in _DRIVERS:
+        return "Use SQLite (sqlite:///studies.db), PostgreSQL (postgresql+psycopg://) or MySQL (mysql+pymysql://)."
+    driver, module, install = _DRIVERS[name]
+    if url.drivername == driver:
+        return f"Install it: {install}."
+    return f"Install it, or write {driver}:// and install {module}: {install}."
+
+
 def _connect(url: URL, engine_arguments: dict[str, Any]) -> RDBStorage:
-    shown = url.render_as_string(hide_password=True)
+    shown = shown_url(url)
     try:
         with quiet_optuna():
             return RDBStorage(
@@ -132,10 +165,7 @@ def _connect(url: URL, engine_arguments: dict[str, Any]) -> RDBStorage:
             )
     except (ImportError, NoSuchModuleError) as error:
         cause = error.__cause__ or error
-        raise StudyError(
-            f"The driver of {shown} is missing ({cause}). Install it: pip install 'psycopg[binary]' for "
-            "postgresql+psycopg://, pip install pymysql for mysql+pymysql://."
-        ) from error
+        raise StudyError(f"The driver of {shown} is missing ({cause}). {_driver_remedy(url)}") from error
     except RuntimeError as error:
         # Optuna raises this for tables of another version; it names both.
         raise StudyError(
@@ -145,8 +175,9 @@ def _connect(url: URL, engine_arguments: dict[str, Any]) -> RDBStorage:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         raise StudyError(
-            f"The database {shown} cannot be used: {cause}. Check that it can be reached and written, "
-            "or name another: --storage URL on the command line, storage=... in Python."
+            f"The database {shown} cannot be used: {_without_password(str(cause), url)}. Check that it can "
+            "be reached and written, or name another: --storage URL on the command line, storage=... in "
+            "Python."
         ) from error
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import optuna
 import torch
@@ -67,6 +68,7 @@ def create_study(
     step: float = 0.05,
     max_drop_after_ssvd: float | None = None,
     sampler: str = "tpe",
+    grid: Mapping[str, Sequence[float]] | None = None,
     seed: int = 0,
     workspace: str | Path = "runs",
     storage: str | None = None,
@@ -104,6 +106,8 @@ def create_study(
         step: Step of the grid of the first method's ratio.
         max_drop_after_ssvd: Largest drop of accuracy half-way.
         sampler: How points are proposed.
+        grid: For the ``"grid"`` sampler: the ratios to try, ``{"c_ssvd": [0.9, 0.8, 0.7]}``, with or without
+            those of the last method.
         seed: Fixes all that is random.
         workspace: Folder of the results.
         storage: URL of the database; ``None`` is a SQLite file in the workspace.
@@ -140,6 +144,7 @@ def create_study(
         step=step,
         max_drop_after_ssvd=max_drop_after_ssvd,
         sampler=sampler,
+        grid={} if grid is None else cast("Mapping[str, tuple[float, ...]]", grid),
         seed=seed,
     )
     place, where = Workspace(Path(workspace)), choose_device(device)

@@ -63,7 +63,7 @@ class Trainer:
             TrainingError: See :func:`compress_search.training.fine_tuning.fine_tune`.
             KeyboardInterrupt: ``stop`` was requested.
         """
-        folder, seed = self.workspace.checkpoints(key), int(key[:8], 16)
+        folder, seed = self.workspace.checkpoints / key, int(key[:8], 16)
         if self.task.training is not None:
             return train_by(
                 model,
@@ -89,4 +89,4 @@ class Trainer:
 
     def forget(self, key: str) -> None:
         """Remove the checkpoints of a training whose outcome is stored."""
-        remove_folder(self.workspace.checkpoints(key))
+        remove_folder(self.workspace.checkpoints / key)

@@ -80,19 +80,18 @@ class Bench:
         """Where the results are kept."""
         return self.laboratory.folder / "fine_tuning"
 
-    def tunings(self, case: Case, seed: int) -> tuple[Tuning, Tuning]:
-        """What is asked of a case: labels alone, and with the original network as teacher."""
-        taught = Tuning(
+    def tuning(self, case: Case, seed: int, *, distilled: bool) -> Tuning:
+        """What is asked of a case, with the original network as teacher or with labels alone."""
+        return Tuning(
             case=case.name,
             model_hash=file_checksum(self.laboratory.home(case) / "model.safetensors"),
             weights_hash=file_checksum(self.laboratory.weights(case.network)),
-            settings=self.settings,
+            settings=self.settings if distilled else replace(self.settings, distillation=0.0),
             images=self.images,
             threads=self.laboratory.threads,
             seed=seed,
             version=source_hash(Path(compress_search.__file__).parent / "training"),
         )
-        return replace(taught, settings=replace(self.settings, distillation=0.0)), taught
 
     def run(self, case: Case, result: Result, tuning: Tuning) -> Tuned:
         """Fine-tune the network of a case and judge it."""
@@ -133,7 +132,10 @@ def task_of(network: nn.Module, train: Images, images: int) -> Task:
 def run(
     bench: Bench, cases: Sequence[Case], results: Mapping[str, Result], seeds: Sequence[int], *, table: bool
 ) -> Rows:
-    """Run what is not there yet, seed after seed, so that all cases have as many; return what there is.
+    """Run what is not there yet; return what there is.
+
+    Seed after seed and teacher after teacher, so that whenever it is stopped, as many cases as can be have
+    been run alike.
 
     Args:
         bench: The conditions.
@@ -143,7 +145,12 @@ def run(
         table: Run none.
     """
     usable = [case for case in cases if case.name in results and results[case.name].error is None]
-    asked = [(case, tuning) for seed in seeds for case in usable for tuning in bench.tunings(case, seed)]
+    asked = [
+        (case, bench.tuning(case, seed, distilled=distilled))
+        for seed in seeds
+        for distilled in (True, False)
+        for case in usable
+    ]
     rows = [(tuning, found) for _, tuning in asked if (found := stored(tuning, bench.folder)) is not None]
     if table:
         return rows

@@ -15,8 +15,8 @@ How much is shared depends on what the trials ask for, so there are three plans:
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
-The tables go to ``runs/benchmarks/reuse-<network>.md`` and ``.csv``. Nothing else is kept: a time that was
-measured in parts is none.
+The tables go to ``runs/benchmarks``, as Markdown and as CSV; ``--plan`` runs one plan alone. Nothing else is
+kept: a time that was measured in parts is none.
 """
 
 from __future__ import annotations
@@ -204,14 +204,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     task, settings = digits() if given.network == "digits" else cifar10(given.images, given.epochs)
+    stem = f"reuse-{given.network}" + (f"-{given.plan}" if given.plan else "")
     found = {}
     for name, plan in plans(settings, given.trials).items():
         if given.plan in (None, name):
             found[name] = compare(task, plan, Progress())
             text = as_markdown(found, f"{given.network}, {given.trials} trials, one thread.")
             given.folder.mkdir(parents=True, exist_ok=True)
-            (given.folder / f"reuse-{given.network}.md").write_text(text)
-            (given.folder / f"reuse-{given.network}.csv").write_text(as_csv(found))
+            (given.folder / f"{stem}.md").write_text(text)
+            (given.folder / f"{stem}.csv").write_text(as_csv(found))
     print(text)
 
 

@@ -65,6 +65,15 @@ def test_resume_raises_the_total(copy: Path, capsys: Output) -> None:
     assert "3 of 3 trials finished" in capsys.readouterr().out
 
 
+def test_status_tells_everything_of_one_trial(copy: Path, capsys: Output) -> None:
+    assert main(["status", "tiny", "--trial", "1"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Trial 1 is complete.\nAsks for: c_ssvd ")
+    assert "(removed)" not in text
+    assert main(["status", "tiny", "--trial", "99"]) == 2
+    assert "has no trial 99; its trials are 0 to " in capsys.readouterr().err
+
+
 def test_resume_finds_a_workspace_that_was_moved(copy: Path, capsys: Output) -> None:
     (copy / "runs").rename(copy / "moved")
     assert main(["resume", "moved/tiny"]) == 0

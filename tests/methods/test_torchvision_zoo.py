@@ -48,7 +48,10 @@ DATA_AWARE = (
     "resnet18",
     "googlenet",
     "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
     "squeezenet1_1",
+    "convnext_tiny",
 )
 """One network a family whose data-aware compression takes at most a minute or so."""
 DATA_AWARE_CASES = [(net, method) for net in DATA_AWARE for method in METHODS]

@@ -4,6 +4,7 @@ import pytest
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import (
+    byte_size,
     count,
     duration,
     ratio,
@@ -29,6 +30,21 @@ from compress_search.reports.formatting import (
 )
 def test_short_count_has_three_digits_and_the_right_prefix(value: int, text: str) -> None:
     assert short_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (2 * 10**9, "2.00 GB"),
+    ],
+)
+def test_bytes_have_three_digits_and_the_right_prefix(value: int, text: str) -> None:
+    assert byte_size(value) == text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from compress_search.exceptions import ConfigError
 from compress_search.recipe import FineTune
 from compress_search.search.settings import SearchSettings
+from compress_search.search.variables import Range
 
 
 def test_settings_survive_json():
@@ -22,13 +23,15 @@ def test_settings_survive_json():
         keep_channels={"head": (0, 3)},
     )
     assert SearchSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    grid = SearchSettings(target=0.4, sampler="grid", grid={"c_ssvd": [0.8, 0.6], "c_cp": [0.5]})
+    assert SearchSettings.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
     plain = SearchSettings(target=0.4)
     assert SearchSettings.from_dict(plain.to_dict()) == plain
 
 
-def test_settings_from_before_training_after_each_layer_are_read():
+def test_settings_from_before_grids_and_training_after_each_layer_are_read():
     stored = SearchSettings(target=0.4).to_dict()
-    del stored["per_layer_fine_tune"]
+    del stored["per_layer_fine_tune"], stored["grid"]
     assert SearchSettings.from_dict(stored) == SearchSettings(target=0.4)
 
 
@@ -48,6 +51,17 @@ def test_settings_from_before_training_after_each_layer_are_read():
         ({"methods": ("spatial_svd", "chanel_pruning")}, "Did you mean 'channel_pruning'?"),
         ({"selection": "unifrom"}, "Did you mean 'uniform'?"),
         ({"sampler": "magic"}, "There are: tpe, random"),
+        ({"sampler": "grid"}, r"needs the ratios to try: grid={'c_ssvd': \[0.9, 0.8\]"),
+        ({"grid": {"c_ssvd": [0.9]}}, "the sampler 'tpe' does not use it. Choose sampler='grid'"),
+        ({"sampler": "grid", "grid": [0.9]}, r"grid is \[0.9\]; it must be a mapping"),
+        ({"sampler": "grid", "grid": {"c_cp": [0.9]}}, "grid has no c_ssvd, the ratio of spatial_svd"),
+        ({"sampler": "grid", "grid": {"c_ssvd": [0.9], "c_sp": [0.6]}}, "Did you mean 'c_cp'?"),
+        ({"sampler": "grid", "grid": {"c_ssvd": []}}, r"grid.c_ssvd is \[\]; it must be a list"),
+        ({"sampler": "grid", "grid": {"c_ssvd": "0.9"}}, "grid.c_ssvd is '0.9'; it must be a list"),
+        ({"sampler": "grid", "grid": {"c_ssvd": [0.9, 0, 1.5]}}, "grid.c_ssvd has 0, 1.5; ratios are in"),
+        ({"sampler": "grid", "grid": {"c_ssvd": [0.9, 0.9]}}, "grid.c_ssvd has 0.9 twice"),
+        ({"sampler": "grid", "grid": {"c_ssvd": [0.9, 0.4]}}, "has 0.4, less than the target 0.5"),
+        ({"sampler": "grid", "grid": {"c_ssvd": [1, 0.5], "c_cp": [0.5, 1]}}, "which is the original model"),
         ({"step": 0}, "step is 0"),
         ({"step": 1}, "step is 1"),
         ({"samples": -1}, "samples is -1"),
@@ -62,6 +76,16 @@ def test_each_fault_is_named_alone(changes, said):
     with pytest.raises(ConfigError, match=said) as caught:
         SearchSettings(**{"target": 0.5} | changes)
     assert len(caught.value.faults) == 1
+
+
+def test_a_grid_beside_variables_is_refused():
+    with pytest.raises(ConfigError, match="variables names fine_tune.lr, but the sampler 'grid' tries"):
+        SearchSettings(
+            target=0.5,
+            sampler="grid",
+            grid={"c_ssvd": [0.9]},
+            variables={"fine_tune.lr": Range(0.001, 0.1)},
+        )
 
 
 def test_all_faults_come_at_once():

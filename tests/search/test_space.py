@@ -7,12 +7,19 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.trial import FixedTrial
+from optuna.trial import FixedTrial, TrialState
 
 from compress_search.exceptions import RatioError
 from compress_search.recipe import Compress, FineTune
-from compress_search.search.history import ANCHOR
-from compress_search.search.space import anchors, last_ratio_range, propose, ratio_grid
+from compress_search.search.history import ANCHOR, RETRY_OF
+from compress_search.search.space import (
+    anchors,
+    enqueue_anchors,
+    last_ratio_range,
+    propose,
+    ratio_grid,
+    trials_in_reach,
+)
 
 
 def fixed(params, **user_attrs):
@@ -137,6 +144,84 @@ def test_a_trial_whose_first_ratio_cannot_be_reached_has_both_parameters_all_the
     with pytest.raises(RatioError):
         propose(trial, make_settings(), unreachable)
     assert set(trial.params) == {"c_ssvd", "c_cp"}
+
+
+def asked(study):
+    return [tuple(trial.params.values()) for trial in study.get_trials(deepcopy=False)]
+
+
+def run_all(study, settings, n, achieved=exactly):
+    for _ in range(n):
+        trial = study.ask()
+        try:
+            propose(trial, settings, achieved)
+        except RatioError:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, (0.9, 0.5))
+
+
+def test_a_grid_is_tried_in_the_order_of_its_lists(make_settings, study_in_memory):
+    settings = make_settings(sampler="grid", grid={"c_ssvd": (0.9, 0.7), "c_cp": (0.55, 0.8)})
+    study = study_in_memory(settings)
+    enqueue_anchors(study, settings)
+    run_all(study, settings, 4)
+    assert asked(study) == [(0.9, 0.55), (0.9, 0.8), (0.7, 0.55), (0.7, 0.8)]
+
+
+def test_a_grid_of_first_ratios_gives_the_rest_to_the_second_method_exactly(make_settings, study_in_memory):
+    settings = make_settings(sampler="grid", grid={"c_ssvd": (1, 0.8, 0.5)})
+    study = study_in_memory(settings)
+    run_all(study, settings, 3, lambda stages: exactly(stages) - 0.01)
+    assert asked(study) == [(1.0, 0.5), (0.8, 0.5 / 0.79), (0.5, 1.0)]
+
+
+def test_a_grid_of_one_method(make_settings, study_in_memory):
+    settings = make_settings(
+        methods=("channel_pruning",), sampler="grid", grid={"c_cp": [0.5, 0.495]}, tolerance=0.02
+    )
+    study = study_in_memory(settings)
+    run_all(study, settings, 2)
+    assert asked(study) == [(0.5,), (0.495,)]
+
+
+def test_a_point_of_a_grid_that_cannot_be_reached_has_both_parameters(make_settings, study_in_memory):
+    def unreachable(stages):
+        raise RatioError("too little")
+
+    settings = make_settings(sampler="grid", grid={"c_ssvd": (0.8,)})
+    study = study_in_memory(settings)
+    run_all(study, settings, 1, unreachable)
+    assert asked(study) == [(0.8, 0.625)]
+
+
+def test_a_point_of_a_grid_is_taken_once_by_several_workers_and_again_by_its_retry_alone(
+    make_settings, study_in_memory
+):
+    settings = make_settings(sampler="grid", grid={"c_ssvd": (0.9, 0.8, 0.7)})
+    study = study_in_memory(settings)
+    first, second = study.ask(), study.ask()
+    propose(second, settings, exactly)
+    propose(first, settings, exactly)
+    study.tell(first, state=TrialState.FAIL)
+    study.enqueue_trial({}, user_attrs={RETRY_OF: first.number})
+    retry, third, fourth = study.ask(), study.ask(), study.ask()
+    for trial in (third, retry):
+        propose(trial, settings, exactly)
+    assert [trial.params["c_ssvd"] for trial in (first, second, retry, third)] == [0.9, 0.8, 0.9, 0.7]
+    with pytest.raises(optuna.TrialPruned, match="all 3 points of the grid are taken"):
+        propose(fourth, settings, exactly)
+
+
+def test_a_grid_says_how_many_trials_there_are_and_which_miss_the_target(make_settings, caplog):
+    settings = make_settings(sampler="grid", grid={"c_ssvd": (0.9, 0.8), "c_cp": (0.55, 0.625)})
+    with caplog.at_level("INFO", logger="compress_search"):
+        assert trials_in_reach(settings, 20) == 4
+    assert "2 of the 4 points of the grid are not within the tolerance" in caplog.text
+    assert "0.9 x 0.625, 0.8 x 0.55." in caplog.text
+    assert "the study ends with 4 trials, not 20" in caplog.text
+    assert trials_in_reach(settings, 3) == 3
+    assert trials_in_reach(make_settings(), 20) == 20
 
 
 def test_proposals_never_leave_the_band_that_the_selector_can_fill(make_settings):

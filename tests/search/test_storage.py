@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 
 import pytest
 import sqlalchemy
 
 from compress_search.exceptions import StudyError
+from compress_search.search.stage_uses import remember_database
 from compress_search.search.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, open_storage
 from compress_search.workspace import Workspace
 
@@ -61,12 +63,58 @@ def test_what_cannot_keep_a_resumable_study_is_refused_with_the_reason(workspace
 
 
 @pytest.mark.parametrize(
-    "url", ["nosuch://me:secret@host/db", "mysql+nosuch://me:secret@host/db", "me:secret@"]
+    "url",
+    [
+        "nosuch://me:secret@host/db",
+        "mysql+nosuch://me:secret@host/db",
+        "mysql+nosuch://me@host/db?passwd=secret",
+        "postgresql+nosuch://me@host/db?password=secret",
+        "postgresql://me:secret@host:port/db",
+        "me:secret@",
+    ],
 )
 def test_errors_do_not_show_passwords(workspace, url):
     with pytest.raises(StudyError) as caught:
         open_storage(url, workspace)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "remedy"),
+    [
+        ("postgresql+psycopg://me@host/db", "psycopg", r"Install it: pip install 'psycopg\[binary\]'\."),
+        ("mysql+pymysql://me@host/db", "pymysql", "Install it: pip install pymysql."),
+        ("mysql+mysqldb://me@host/db", "MySQLdb", r"or write mysql\+pymysql:// and install pymysql: pip"),
+        ("nosuch://me@host/db", "nosuch", "Use SQLite"),
+    ],
+)
+def test_a_driver_that_is_missing_is_named_with_what_installs_it(workspace, monkeypatch, url, module, remedy):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StudyError, match=remedy):
+        open_storage(url, workspace)
+
+
+def test_what_a_server_says_is_told_without_the_password(workspace, monkeypatch):
+    # As if the driver had repeated the whole address in its error.
+    def refuse(url, **arguments):
+        assert arguments["engine_kwargs"] == {"pool_pre_ping": True}
+        assert url == "postgresql+psycopg://me:secret@host/db?password=hidden"
+        driver_error = ConnectionError(f"no route to {url}")
+        raise sqlalchemy.exc.OperationalError("", {}, driver_error)
+
+    monkeypatch.setattr("compress_search.search.storage.RDBStorage", refuse)
+    with pytest.raises(StudyError, match="cannot be used: no route to postgresql") as caught:
+        open_storage("postgresql+psycopg://me:secret@host/db?password=hidden", workspace)
+    assert "secret" not in str(caught.value) and "hidden" not in str(caught.value)
+    assert str(caught.value).count("***") == 4
+
+
+def test_the_folder_of_a_study_does_not_note_passwords(workspace):
+    workspace.prepare()
+    remember_database(workspace, "digits", "postgresql+psycopg://me:secret@host/db?password=hidden")
+    noted = (workspace.study_folder("digits") / "database.json").read_text()
+    assert "me:***@host/db" in noted
+    assert "secret" not in noted and "hidden" not in noted
 
 
 def test_optunas_own_journal_object_is_refused(workspace):

@@ -90,7 +90,7 @@ def test_the_spelt_out_settings_are_those_of_search_settings():
     spelt = inspect.signature(create_study).parameters
     for field in dataclasses.fields(SearchSettings):
         default = spelt[field.name].default
-        if field.name in ("fine_tune", "keep_channels", "shares", "variables"):
+        if field.name in ("fine_tune", "keep_channels", "shares", "variables", "grid"):
             assert default is None and field.default_factory() == {"fine_tune": FineTune()}.get(
                 field.name, {}
             )
@@ -477,6 +477,20 @@ def test_the_status_of_a_study_with_interrupted_and_waiting_trials(create, monke
     assert status.counts["waiting"] == 3
     assert "Interrupted and run again: 1." in str(status)
     assert [c.state for c in study.candidates()] == ["complete", "waiting", "waiting", "waiting"]
+
+
+def test_a_grid_ends_with_its_last_point(create, caplog):
+    study = create(sampler="grid", grid={"c_ssvd": [0.9, 0.7]})
+    with caplog.at_level(logging.INFO, logger="compress_search"):
+        optimize(study, 20)
+    assert "the study ends with 2 trials, not 20" in caplog.text
+    first, second = study.candidates()
+    assert [first.params["c_ssvd"], second.params["c_ssvd"]] == [0.9, 0.7]
+    assert first.feasible and second.feasible
+    assert study.status().wanted == 2
+    optimize(study, 20)
+    assert len(study.candidates()) == 2
+    assert study.trial_history(1).folder == second.folder
 
 
 def test_the_status_tells_a_trial_whose_process_is_gone_from_a_running_one(create):
