@@ -4,15 +4,49 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 import signal
+import subprocess
 import sys
+import time
 
+import psutil
+import pytest
 from rich.console import Console
 
 from compress_search.exceptions import StudyError
 from compress_search.progress import Progress
+from compress_search.search.history import ANCHOR, current_trials, finished_trials, proposal_indices
+from compress_search.search.study import load_study
 from compress_search.search.supervisor import memory_warning, supervise, worker_environments
+
+TASK = """
+import torch
+from torch import nn
+from compress_search import Task
+
+def make():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images, labels = torch.randn(256, 1, 8, 8), torch.arange(256) % 4
+    batches = [(images[i : i + 32], labels[i : i + 32]) for i in range(0, 256, 32)]
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 24, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(24 * 64, 4),
+    )
+    return Task(name="killed", model=net, example_input=images[:1], train=batches[:6], validation=batches[6:])
+"""
+
+CONFIG = """
+name: killed
+task: killed_task.py:make
+target: 0.5
+tolerance: 0.05
+samples: 32
+fine_tune: {epochs: 2}
+device: cpu
+"""
 
 
 def test_threads_and_gpus_are_divided():
@@ -105,3 +139,104 @@ def test_a_signal_is_passed_on_once_and_the_second_ends_at_once(new_study, tmp_p
     assert said[3] == "KeyboardInterrupt()"
     assert (tmp_path / "worker-1.log").read_text().count("asked to stop") == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def run(folder, workspace, n_trials, *words):
+    """Start ``compress-search run`` on the task."""
+    (folder / "killed_task.py").write_text(TASK)
+    (folder / "killed.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "compress_search", "run", "killed.yaml"]
+    with (folder / f"{workspace}.txt").open("wb") as output:
+        return subprocess.Popen(
+            [*command, f"workspace={workspace}", f"n_trials={n_trials}", *words],
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+        )
+
+
+def outcome(workspace, n_trials):
+    """Check that a study is whole, and return its anchors and how many trials were interrupted."""
+    study = load_study("killed", workspace=workspace)
+    trials = study.optuna_study.trials
+    assert not [trial for trial in trials if not trial.state.is_finished()]
+    assert len(finished_trials(trials)) == n_trials
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    # None that a retry stands in for was finished nevertheless, and no proposal twice.
+    assert [trial.number for trial in current_trials(trials)] == [trial.number for trial in complete]
+    indices = proposal_indices(trials)
+    assert sorted(indices[trial.number] for trial in complete) == list(range(n_trials))
+    anchors = {
+        t.user_attrs[ANCHOR]: (t.params["c_ssvd"], t.params["c_cp"], t.values[0])
+        for t in complete
+        if ANCHOR in t.user_attrs
+    }
+    interrupted = study.status().n_interrupted
+    study.storage.engine.dispose()
+    return anchors, interrupted
+
+
+def disturb(process, stages, moments, kills):
+    """Kill one random worker after another at a random moment; return how many of them were killed.
+
+    Each kill waits until there is a stage more: a worker takes seconds to start, so that if one were killed
+    every second none would ever come to work.
+    """
+    killed = 0
+    while killed < kills and process.poll() is None:
+        before = count(stages)
+        while process.poll() is None and count(stages) == before:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 1))
+        try:
+            children = psutil.Process(process.pid).children()
+            # The first child makes the study, and is no worker.
+            workers = [child for child in children if "--supervised" in child.cmdline()]
+            if not workers:
+                continue
+            moments.choice(workers).kill()
+            killed += 1
+        except (psutil.NoSuchProcess, IndexError):
+            break
+    return killed
+
+
+def count(stages):
+    # Leases lie there too.
+    return sum(path.is_dir() and not path.name.startswith(".") for path in stages.glob("*"))
+
+
+def one_round(folder, *, workers, n_trials, kills, seed):
+    process = run(
+        folder, f"round-{seed}", n_trials, "--workers", str(workers), "--restarts", str(kills), "seed=0"
+    )
+    killed = disturb(process, folder / f"round-{seed}" / "stages", random.Random(seed), kills)
+    process.communicate()
+    said = (folder / f"round-{seed}.txt").read_text()
+    assert process.returncode == 0, said
+    assert killed > 0
+    assert "died (SIGKILL)" in said
+    assert said.count("Chosen: trial") == 1
+    return outcome(folder / f"round-{seed}", n_trials)
+
+
+@pytest.mark.timeout(400)
+def test_a_worker_that_is_killed_is_replaced_and_the_total_is_exact(tmp_path):
+    anchors, _ = one_round(tmp_path, workers=2, n_trials=5, kills=1, seed=7)
+    assert len(anchors) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_three_workers_killed_at_random_end_as_one_that_is_left_alone(tmp_path):
+    undisturbed = run(tmp_path, "undisturbed", 10)
+    undisturbed.communicate()
+    assert undisturbed.returncode == 0
+    expected, _ = outcome(tmp_path / "undisturbed", 10)
+    assert len(expected) == 4
+    interrupted = 0
+    for seed in range(3):
+        anchors, more = one_round(tmp_path, workers=3, n_trials=10, kills=8, seed=seed)
+        assert anchors == expected
+        interrupted += more
+    assert interrupted > 0
