@@ -227,8 +227,10 @@ def test_of_many_who_find_a_dead_holder_only_one_takes_over(leases, write_lease)
 def test_waiting_can_be_interrupted(leases, write_lease):
     file = write_lease(parent())
     program = (
-        "import pathlib, sys\n"
+        "import pathlib, signal, sys\n"
         "from compress_search.leases import Leases\n"
+        # A shell lets what it starts in the background ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "leases = Leases(pathlib.Path(sys.argv[1]), lambda text: print(text, flush=True))\n"
         "with leases.computing('key', 'fine_tune', lambda: None):\n"
         "    print('taken')\n"
