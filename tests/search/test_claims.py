@@ -34,7 +34,12 @@ def claim_late(*args, **options):
     return claim(*args, **options)
 
 worker._claim = claim_late
-objective = lambda trial: (trial.suggest_float("x", 0, 1), 0.5)
+
+def objective(trial):
+    # So long that the others come to claim meanwhile.
+    time.sleep(0.5)
+    return trial.suggest_float("x", 0, 1), 0.5
+
 progress = Progress(Console(file=io.StringIO()))
 worker.run_trials(study, objective, n_trials=n_trials, progress=progress, stop=StopSwitch())
 """
