@@ -102,7 +102,7 @@ def write_report(
         layers=layers if chosen is not None else (),
         total=total_row(layers),
         most_macs=max((max(row.macs_before, row.macs_after) for row in layers), default=1),
-        times=stage_times(front.candidates),
+        times=stage_times(candidate.stages for candidate in front.candidates),
         settings=_flat(settings or {}),
         versions=versions,
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),

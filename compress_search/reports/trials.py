@@ -30,19 +30,19 @@ class StageTime:
     saved: float
 
 
-def stage_times(candidates: Iterable[Candidate]) -> tuple[StageTime, ...]:
+def stage_times(trials: Iterable[Sequence[StageResult]]) -> tuple[StageTime, ...]:
     """Add up the time of all trials' finished stages.
 
     Args:
-        candidates: The trials, unfinished ones included.
+        trials: The finished stages of each trial, unfinished trials included.
 
     Returns:
         One row for each kind of stage, in the order in which trials have them.
     """
-    stages: dict[str, list[StageResult]] = {}
-    for candidate in candidates:
-        for name, stage in zip(stage_names(candidate.stages), candidate.stages, strict=True):
-            stages.setdefault(name, []).append(stage)
+    kinds: dict[str, list[StageResult]] = {}
+    for stages in trials:
+        for name, stage in zip(stage_names(stages), stages, strict=True):
+            kinds.setdefault(name, []).append(stage)
     return tuple(
         StageTime(
             name=name,
@@ -51,7 +51,7 @@ def stage_times(candidates: Iterable[Candidate]) -> tuple[StageTime, ...]:
             reused=sum(stage.reused for stage in results),
             saved=sum(stage.seconds for stage in results if stage.reused),
         )
-        for name, results in stages.items()
+        for name, results in kinds.items()
     )
 
 

@@ -11,8 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.leases import LeaseFile
-from compress_search.recipe import FineTune
-from compress_search.reports.trials import StageTime
+from compress_search.reports.trials import StageTime, stage_names, stage_times
 from compress_search.results import Candidate, Reference, StageResult, format_param, param_names
 from compress_search.search.candidates import STATES
 from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials, is_finalist
@@ -163,11 +162,6 @@ def status_of(
     current = current_trials(trials)
     running = [trial for trial in current if trial.state == TrialState.RUNNING]
     counted = Counter(STATES[trial.state] for trial in current if not is_finalist(trial))
-    # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
-    kinds: dict[str, list[StageResult]] = {}
-    for trial in trials:
-        for label, stage in named_stages(_stages_of(trial)):
-            kinds.setdefault(label, []).append(stage)
     return StudyStatus(
         name=name,
         target=target,
@@ -175,16 +169,15 @@ def status_of(
         wanted=wanted,
         counts={state: counted[state] for state in STATES.values()},
         finalists=Counter(STATES[trial.state] for trial in current if is_finalist(trial)),
-        running={
-            trial.number: tuple(label for label, _ in named_stages(_stages_of(trial))) for trial in running
-        },
+        running={trial.number: tuple(stage_names(_stages_of(trial))) for trial in running},
         abandoned=tuple(
             trial.number
             for trial in running
             if WORKER in trial.user_attrs and Worker(**trial.user_attrs[WORKER]).is_known_dead()
         ),
         best=best,
-        stages=tuple(_time_of(label, stages) for label, stages in kinds.items()),
+        # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
+        stages=stage_times(map(_stages_of, trials)),
         computing=tuple(_computing(leases, running)),
         n_interrupted=sum(t.state == TrialState.FAIL and INTERRUPTED in t.user_attrs for t in trials),
     )
@@ -192,22 +185,6 @@ def status_of(
 
 def _stages_of(trial: FrozenTrial) -> list[StageResult]:
     return [StageResult.from_dict(stage) for stage in trial.user_attrs.get(STAGES, ())]
-
-
-def named_stages(stages: Iterable[StageResult]) -> list[tuple[str, StageResult]]:
-    """Tell the fine-tunings apart by what they come after."""
-    named = []
-    before = ""
-    for stage in stages:
-        named.append((f"{stage.name} after {before}" if stage.name == FineTune().name else stage.name, stage))
-        before = stage.name
-    return named
-
-
-def _time_of(name: str, stages: Sequence[StageResult]) -> StageTime:
-    computed = [stage.seconds for stage in stages if not stage.reused]
-    reused = [stage.seconds for stage in stages if stage.reused]
-    return StageTime(name, len(computed), sum(computed), len(reused), sum(reused))
 
 
 def _computing(leases: Iterable[LeaseFile], running: Iterable[FrozenTrial]) -> Iterator[str]:

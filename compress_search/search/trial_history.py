@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 
 from compress_search.exceptions import StudyError
 from compress_search.recipe import FineTune, Recipe
+from compress_search.reports.trials import stage_names
 from compress_search.results import StageResult, format_param
 from compress_search.search.candidates import STATES
 from compress_search.search.history import (
@@ -27,7 +28,6 @@ from compress_search.search.history import (
     TRACEBACK,
     WORKER,
 )
-from compress_search.search.status import named_stages
 from compress_search.worker_process import Worker
 
 
@@ -114,7 +114,7 @@ class TrialHistory:
         if self.began is not None:
             ended = "" if self.ended is None else f", ended {self.ended:%Y-%m-%d %H:%M:%S}"
             yield f"Began {self.began:%Y-%m-%d %H:%M:%S}{ended}."
-        for label, stage in named_stages(self.stages):
+        for label, stage in zip(stage_names(self.stages), self.stages, strict=True):
             how = f"reused, saved {stage.seconds:.1f} s" if stage.reused else f"{stage.seconds:.1f} s"
             yield f"  {label}: {how}; accuracy {stage.accuracy:.4f}, mac_ratio {stage.mac_ratio:.4f}"
         for position, name in enumerate(self.ahead):

@@ -19,7 +19,7 @@ def test_stage_times_tell_the_two_fine_tunings_apart_and_count_what_reuse_saved(
         make_candidate(1, 0.5, 0.97, reused=2),
         make_candidate(2, 0.5, 0.9, state="pruned", reused=1),
     ]
-    rows = {row.name: row for row in stage_times(candidates)}
+    rows = {row.name: row for row in stage_times(candidate.stages for candidate in candidates)}
     assert list(rows) == [
         "spatial_svd",
         "fine_tune after spatial_svd",
