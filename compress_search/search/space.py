@@ -221,15 +221,12 @@ def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: Achie
         lowest = ratio_grid(settings.target, settings.step)[1]
         first = trial.suggest_float(names[0], lowest, 1.0, step=settings.step)
     values = _values(trial, settings, of_compressing)
-    compressing = _compress(settings.with_values(values), settings.methods[0], first)
     try:
-        achieved = achieved_ratio([compressing]) if first < 1 else 1.0
+        second = _suggest_last(trial, settings.with_values(values), achieved_ratio, first, exact=exact)
     except RatioError:
         # The sampler is to learn from this trial too, which takes all parameters.
-        trial.suggest_float(names[1], *last_ratio_range(settings, first, exact=exact))
         _values(trial, settings, of_tuning)
         raise
-    second = trial.suggest_float(names[1], *last_ratio_range(settings, achieved, exact=exact))
     values |= _values(trial, settings, of_tuning)
     return _proposal(settings.with_values(values), [first, second])
 
@@ -245,14 +242,30 @@ def _propose_of_grid(
     point = points[index]
     ratios = [trial.suggest_float(name, ratio, ratio) for name, ratio in zip(names, point, strict=False)]
     if len(ratios) < len(names):
-        first = ratios[0]
-        try:
-            achieved = achieved_ratio([_compress(settings, settings.methods[0], first)]) if first < 1 else 1.0
-        except RatioError:
-            trial.suggest_float(names[1], *last_ratio_range(settings, first, exact=True))
-            raise
-        ratios.append(trial.suggest_float(names[1], *last_ratio_range(settings, achieved, exact=True)))
+        ratios.append(_suggest_last(trial, settings, achieved_ratio, ratios[0], exact=True))
     return _proposal(settings, ratios)
+
+
+def _suggest_last(
+    trial: optuna.Trial,
+    settings: SearchSettings,
+    achieved_ratio: AchievedRatio,
+    first: float,
+    *,
+    exact: bool,
+) -> float:
+    """Let a trial choose the second method's ratio, after what the first one really achieves.
+
+    Raises:
+        RatioError: The first method cannot reach its ratio. The parameter is recorded all the same.
+    """
+    name = METHODS[settings.methods[1]].ratio_name
+    try:
+        achieved = achieved_ratio([_compress(settings, settings.methods[0], first)]) if first < 1 else 1.0
+    except RatioError:
+        trial.suggest_float(name, *last_ratio_range(settings, first, exact=exact))
+        raise
+    return trial.suggest_float(name, *last_ratio_range(settings, achieved, exact=exact))
 
 
 def _values(trial: optuna.Trial, settings: SearchSettings, names: Iterable[str]) -> dict[str, Any]:
