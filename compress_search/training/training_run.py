@@ -93,15 +93,12 @@ class TrainingRun:
     def begin(self) -> None:
         """Go on from the checkpoint if there is one, and otherwise evaluate what was given."""
         latest, end_of_epoch = self._checkpoints.load() if self._checkpoints else (None, None)
-        if end_of_epoch is not None:
-            self._restore(end_of_epoch)
-            self._safe = end_of_epoch
-        else:
+        if end_of_epoch is None:
             self._evaluate(self._model, 0)
-            self._safe = self._snapshot()
+            end_of_epoch = self._snapshot()
+        self._safe = end_of_epoch
         if latest is not None:
-            if latest is not end_of_epoch:
-                self._restore(latest)
+            self._restore(latest)
             self._progress.say(
                 f"The fine-tuning goes on from its checkpoint: epoch {self.epoch + 1} of "
                 f"{self._settings.epochs}, batch {self._batch + 1} of {self._batches_per_epoch}."
@@ -169,10 +166,7 @@ class TrainingRun:
                 self._run_step(batch)
                 self._batch += 1
                 self._look_up()
-        # Looked at no more often: reading it at every step would make a GPU wait for each.
-        mean = self._total.item() / max(self._batch, 1)
-        if not math.isfinite(mean):
-            raise NotFiniteError(f"the loss of epoch {self.epoch + 1} is {mean}")
+        mean = self._mean_loss()
         if not _is_finite(self._model):
             raise NotFiniteError(f"weights are not finite after epoch {self.epoch + 1}")
         return mean
@@ -201,9 +195,15 @@ class TrainingRun:
             self._keep_instant()
             raise KeyboardInterrupt
         if self._checkpoints is not None and self._checkpoints.is_due:
-            if not math.isfinite(self._total.item()):
-                raise NotFiniteError(f"the loss of epoch {self.epoch + 1} is {self._total.item()}")
+            self._mean_loss()
             self._keep_instant()
+
+    def _mean_loss(self) -> float:
+        """The mean loss of the epoch so far. Read at every step, it would make a GPU wait for each."""
+        mean = self._total.item() / max(self._batch, 1)
+        if not math.isfinite(mean):
+            raise NotFiniteError(f"the loss of epoch {self.epoch + 1} is {mean}")
+        return mean
 
     def _keep_instant(self) -> None:
         if self._checkpoints is not None:
