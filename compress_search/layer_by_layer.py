@@ -16,7 +16,6 @@ from itertools import accumulate
 from torch import Tensor, nn
 
 from compress_search.compression import apply
-from compress_search.disk_space import write_when_there_is_room
 from compress_search.fingerprint import content_hash
 from compress_search.methods.method import Analysis, Compressed, Sizes
 from compress_search.plan import CompressionPlan, Edit, PlanStep
@@ -160,11 +159,7 @@ class LayerByLayer:
             mac_ratio=profile.macs / profile_model(self.original, self.example_input).macs,
             seconds=tuned.seconds,
         )
-        write_when_there_is_room(
-            lambda: self.store.save(result, self.plan.then(tuned.step), tuned.model),
-            self.store.workspace.root,
-            say=self.progress.say,
-        )
+        self.store.save(result, self.plan.then(tuned.step), tuned.model, say=self.progress.say)
 
 
 def _key_after(before: str, unit: tuple[str, int]) -> str:

@@ -10,12 +10,14 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from compress_search.checkpoint import load_weights, save_weights
+from compress_search.disk_space import write_when_there_is_room
 from compress_search.exceptions import WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.results import StageResult
@@ -86,12 +88,25 @@ class StageStore:
         logger.warning(said, key, fault, aside)
         return aside
 
-    def save(self, result: StageResult, plan: CompressionPlan, model: nn.Module) -> None:
-        """Store a finished stage under its key."""
-        with new_folder(self.folder(result.key)) as folder:
-            plan.save(folder / PLAN)
-            save_weights(model, folder / WEIGHTS)
-            seal(folder, result.to_dict())
+    def save(
+        self, result: StageResult, plan: CompressionPlan, model: nn.Module, *, say: Callable[[str], None]
+    ) -> None:
+        """Store a finished stage under its key, as soon as there is room for it.
+
+        Args:
+            result: Its numbers, with the key.
+            plan: What was done so far.
+            model: The model.
+            say: Tells the user of a full disk.
+        """
+
+        def write() -> None:
+            with new_folder(self.folder(result.key)) as folder:
+                plan.save(folder / PLAN)
+                save_weights(model, folder / WEIGHTS)
+                seal(folder, result.to_dict())
+
+        write_when_there_is_room(write, self.workspace.root, say=say)
 
     def remove(self, key: str) -> None:
         """Forget a stage, if it is there."""

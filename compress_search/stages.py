@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.compression import TableSource, analyse, apply, choose_sizes
-from compress_search.disk_space import write_when_there_is_room
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.layer_by_layer import LayerByLayer
 from compress_search.leases import Leases
@@ -74,7 +73,6 @@ class StageRunner:
     ) -> None:
         self._task = task
         self._trainer = Trainer(task, workspace, progress, checkpoint_seconds, stop or StopSwitch())
-        self._workspace = workspace
         self._store = StageStore(workspace)
         self._leases = Leases(workspace.stages, progress.say)
         self._tables = TableStore(workspace)
@@ -287,9 +285,7 @@ class StageRunner:
             mac_ratio=profile.macs / original_macs,
             seconds=time.monotonic() - started,
         )
-        write_when_there_is_room(
-            lambda: self._store.save(result, plan, model), self._workspace.root, say=self._progress.say
-        )
+        self._store.save(result, plan, model, say=self._progress.say)
         return result
 
     def _calibration_inputs(self, samples: int) -> list[Tensor]:

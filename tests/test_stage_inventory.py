@@ -64,7 +64,7 @@ def store(workspace, tiny_net, age):
 
     def make(key, seconds=30 * DAY):
         result = StageResult(key, "fine_tune", 0.9, 100, 10, 0.5, 2.0)
-        StageStore(workspace).save(result, CompressionPlan(), tiny_net())
+        StageStore(workspace).save(result, CompressionPlan(), tiny_net(), say=pytest.fail)
         return age(workspace.stages / key, seconds)
 
     return make
