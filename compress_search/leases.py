@@ -16,16 +16,16 @@ import json
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
 
+from compress_search.repeating import repeating
 from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
@@ -205,26 +205,23 @@ class _Held:
     file: Path
     token: str | None
     descriptor: int | None
-    _over: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @contextmanager
     def renewed(self, seconds: float) -> Iterator[None]:
         """Say every so many seconds that the holder lives."""
+        descriptor = self.descriptor
+        if descriptor is None:
+            yield
+            return
 
         def renew() -> None:
-            while self.descriptor is not None and not self._over.wait(seconds):
-                try:
-                    os.utime(self.descriptor)
-                except OSError as error:
-                    logger.warning("The lease %s was not renewed: %s", self.file, error)
+            try:
+                os.utime(descriptor)
+            except OSError as error:
+                logger.warning("The lease %s was not renewed: %s", self.file, error)
 
-        thread = threading.Thread(target=renew, name=f"lease {self.file.stem}", daemon=True)
-        thread.start()
-        try:
+        with repeating(renew, seconds=seconds, name=f"lease {self.file.stem}"):
             yield
-        finally:
-            self._over.set()
-            thread.join()
 
     def release(self) -> None:
         """Give it back, unless another process has taken it over."""

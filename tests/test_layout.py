@@ -14,6 +14,7 @@ ORDER = (
     "exceptions",
     "workspace",
     "disk_space",
+    "repeating",
     "worker_process",
     "leases",
     "checkpoint",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from optuna.trial import TrialState, create_trial
 
 from compress_search.exceptions import RatioError, StudyError
 from compress_search.progress import Progress
+from compress_search.repeating import repeating
 from compress_search.results import format_param
 from compress_search.search.claims import claiming
 from compress_search.search.history import (
@@ -246,19 +246,12 @@ def _heartbeat(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
     """Say regularly that the trial's process lives, whatever the database answers."""
     storage = study._storage
     assert isinstance(storage, BaseHeartbeat)
-    over = threading.Event()
 
     def beat() -> None:
-        while not over.wait(HEARTBEAT_SECONDS):
-            try:
-                storage.record_heartbeat(trial._trial_id)
-            except Exception as error:
-                logger.warning("The heartbeat of trial %d was not written: %s", trial.number, error)
+        try:
+            storage.record_heartbeat(trial._trial_id)
+        except Exception as error:
+            logger.warning("The heartbeat of trial %d was not written: %s", trial.number, error)
 
-    thread = threading.Thread(target=beat, name=f"heartbeat of trial {trial.number}", daemon=True)
-    thread.start()
-    try:
+    with repeating(beat, seconds=HEARTBEAT_SECONDS, name=f"heartbeat of trial {trial.number}"):
         yield
-    finally:
-        over.set()
-        thread.join()
