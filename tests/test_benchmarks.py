@@ -265,8 +265,8 @@ def test_hours_are_spent_only_when_asked_for(study, laboratory):
     run(study, lab)
     assert "aimet-pruning-50000" not in {request.case.name for request in ran}
     run(study, lab, long=True)
-    assert ran[-3].case.name == "aimet-pruning-50000"
-    assert {request.case.rival for request in ran[-2:]} == {"aimet-pruning-50000"}
+    assert ran[-4].case.name == "aimet-pruning-50000"
+    assert {request.case.rival for request in ran[-3:]} == {"aimet-pruning-50000"}
 
 
 def test_names_of_cases_are_unique_and_rivals_exist(study):

@@ -39,6 +39,7 @@ BOTH = (Step("spatial_svd", 0.75), Step("channel_pruning", 0.66))
 
 OPTIMAL = {"selection": "optimal"}
 MORE_IMAGES = {**OPTIMAL, "samples": 1_024, "scoring_samples": 256}
+MANY_IMAGES = {**OPTIMAL, "samples": 2_048, "scoring_samples": 512}
 """Beside a rival that looks at 5,000 images or more."""
 
 AIMET_CASES = (
@@ -54,7 +55,7 @@ LONG_CASES = (Case("aimet-pruning-50000", AIMET, NETWORK, PRUNING, {"reconstruct
 OUR_CASES = tuple(
     Case(f"ours-{name}beside-{rival.name}", COMPRESS_SEARCH, NETWORK, rival.steps, settings, rival=rival.name)
     for rival in (*AIMET_CASES, *LONG_CASES)
-    for name, settings in (("", OPTIMAL), ("more-images-", MORE_IMAGES))
+    for name, settings in (("", OPTIMAL), ("more-images-", MORE_IMAGES), ("many-images-", MANY_IMAGES))
     if settings is OPTIMAL or rival.settings.get("reconstruction_samples", 0) > 500
 )
 OUR_TARGETS = tuple(
