@@ -61,6 +61,7 @@ FIRST_RATIOS = (0.65, 0.75, 0.85)
 SECOND_RATIOS = (0.8, 0.7, 0.6, 0.5)
 """Of the guidebook's plan: so many of them, and in this order, that all first ratios have as many."""
 LR_FACTORS = (0.5, 1.0, 2.0)
+PLANS = ("default", "coarse", "guidebook", "variants")
 CPU = "cpu"
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ def main() -> None:
     """Compare each plan; print the tables and write them."""
     parser = argparse.ArgumentParser(description="A study with reuse against as many separate pipelines.")
     parser.add_argument("--network", choices=("digits", "cifar10"), default="digits")
-    parser.add_argument("--plan", choices=("default", "coarse", "guidebook", "variants"), help="this one alone")
+    parser.add_argument("--plan", choices=PLANS, help="this one alone")
     parser.add_argument("--trials", type=int, default=12, help="default 12")
     parser.add_argument("--images", type=int, default=5_120, help="of cifar10, to train on (default 5120)")
     parser.add_argument("--epochs", type=int, default=2, help="of cifar10's fine-tunings (default 2)")
