@@ -27,6 +27,7 @@ ORDER = (
     "task",
     "recipe",
     "accuracy_scale",
+    "target",
     "results",
     "progress",
     "linear_algebra",
