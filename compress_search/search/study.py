@@ -40,7 +40,7 @@ from compress_search.workspace import Workspace
 
 __all__ = ["CompressionStudy", "TestScore", "create_study", "load_study"]
 
-_RESERVED_NAMES = ("stages", "tables", "checkpoints", "study.db")
+_RESERVED_NAMES = ("stages", "plans", "tables", "checkpoints", "study.db")
 
 
 def create_study(
