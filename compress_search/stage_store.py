@@ -64,7 +64,7 @@ class StageStore:
             return None
 
     def find_same(self, plan_key: str) -> StageResult | None:
-        """Return the result of the finished stage with this ``plan_key``, if there is one; see :meth:`save`."""
+        """Return the result of the finished stage with this ``plan_key``, if any; see :meth:`save`."""
         try:
             key = (self.workspace.plans / plan_key).read_text(encoding="utf-8")
         except (FileNotFoundError, UnicodeDecodeError):

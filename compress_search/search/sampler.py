@@ -33,8 +33,8 @@ GRID = "grid"
 """The sampler that samples nothing: the settings list the points."""
 
 SAMPLERS: Mapping[str, SamplerFactory] = {
-    # The ranges differ from trial to trial, so that a multivariate TPE would sample each alone anyway.
-    "tpe": lambda seed, _: TPESampler(seed=seed),
+    # Variables that have the same range in all trials are looked at together, the others each by itself.
+    "tpe": lambda seed, _: TPESampler(seed=seed, multivariate=True),
     "random": lambda seed, _: RandomSampler(seed=seed),
     # The second ratio's range is another one in every trial, so that it is sampled by itself. That is meant.
     "gp": lambda seed, _: GPSampler(seed=seed, warn_independent_sampling=False),

@@ -225,7 +225,7 @@ def _choices_of(anchor: Anchor, settings: SearchSettings) -> dict[str, Any]:
     if isinstance(settings.target, tuple):
         choices[TARGET] = anchor.target
         if len(settings.of_methods(anchor.methods).methods) > 1:
-            choices[SPLIT] = math.log(anchor.ratio) / math.log(anchor.target)
+            choices[SPLIT] = abs(math.log(anchor.ratio) / math.log(anchor.target))
     return choices
 
 

@@ -64,7 +64,7 @@ def recorded():
 
 
 def area_under_front(trials, low, high):
-    """Mean over the budgets from ``low`` to ``high`` of the best accuracy within each; 0 where there is none."""
+    """Mean over the budgets from ``low`` to ``high`` of the best accuracy within each, or 0."""
     area, best, at = 0.0, 0.0, low
     for ratio, accuracy in sorted((t.values[1], t.values[0]) for t in trials):
         if accuracy > best and ratio < high:
