@@ -98,7 +98,11 @@ class CompressionStudy:
         self.task = task
         self.task_name: str = identity.task["name"]
         self.device = device
-        optuna_study.sampler = ReproducibleSampler(SAMPLERS[self.settings.sampler], self.settings.seed)
+        optuna_study.sampler = ReproducibleSampler(
+            SAMPLERS[self.settings.sampler],
+            self.settings.seed,
+            by_accuracy=not isinstance(self.settings.target, tuple),
+        )
 
     @property
     def folder(self) -> Path:

@@ -2,10 +2,11 @@
 
 Launch it with ``python studies/benchmarks/candidate_table.py``; it takes some twenty minutes of one thread.
 Each line is one candidate with the settings of ``configs/digits.yaml``: the ratios that were asked, what
-spatial SVD achieved, and what the candidate ended as. The first ratios are those of the study's grid. For each
-of them the second one is what is missing to several ratios within the bands around 0.5 and around 0.1, and to
-those of two ranges. At half of the MACs this network loses nothing, and its candidates differ by chance; at a
-tenth they differ by what they are. ``tests/search/test_recorded_table.py`` replays every sampler on it.
+spatial SVD achieved, and what the candidate ended as. The first ratios are those of the study's grid. For
+each of them the second one is what is missing to several ratios within the bands around 0.5 and around 0.1,
+and to those of two ranges. At half of the MACs this network loses nothing, and its candidates differ by
+chance; at a tenth they differ by what they are. ``tests/search/test_recorded_table.py`` replays every sampler
+on it.
 
 The script can be stopped at any time: finished stages are not computed again.
 """
