@@ -132,8 +132,8 @@ def study_in_memory(make_settings):
 def objective(make_settings):
     """Make the objective of a runner."""
 
-    def make(runner, settings=None):
+    def make(runner, settings=None, reference=REFERENCE):
         settings = settings or make_settings()
-        return lambda trial: run_trial(trial, settings=settings, runner=runner, reference=REFERENCE)
+        return lambda trial: run_trial(trial, settings=settings, runner=runner, reference=reference)
 
     return make

@@ -166,6 +166,23 @@ def test_samplers_that_look_at_variables_together_do_so_beside_anchors(
     assert trial.params["c_ssvd"] in ratio_grid(0.33, 0.05)[1:]
 
 
+@pytest.mark.parametrize("name", ["gp", "nsga2", "tpe"])
+@pytest.mark.parametrize("target", [0.5, (0.3, 0.8)])
+def test_fewer_macs_within_the_tolerance_are_no_merit_but_on_a_front_they_are(
+    name, target, study_in_memory, make_settings, objective, runner
+):
+    settings = make_settings(sampler=name, target=target)
+    found = []
+    for sign in (1, -1):
+        study, run = study_in_memory(settings), objective(runner, settings)
+        for _ in range(12 if name == "gp" else 22):
+            trial = study.ask()
+            accuracy, mac_ratio = run(trial)
+            study.tell(trial, (accuracy, sign * mac_ratio))
+        found.append(proposals(study))
+    assert (found[0] == found[1]) == (target == 0.5)
+
+
 def test_nsga2_breeds_from_the_better_half(study_in_memory, make_settings, objective, runner):
     settings = make_settings(sampler="nsga2")
     study = play(study_in_memory(settings), objective(runner, settings), 20)
