@@ -9,6 +9,7 @@ import yaml
 from compress_search.config import StudyConfig
 from compress_search.exceptions import ConfigError
 from compress_search.recipe import FineTune
+from compress_search.search.stop_when import StopWhen
 from compress_search.search.variables import Choice, Range
 
 Write = Callable[[str], Path]
@@ -50,6 +51,44 @@ def test_settings_are_read_with_their_types(write: Write) -> None:
     assert config.search.fine_tune == FineTune(epochs=3, lr=0.001, weight_decay=0.0)
     assert isinstance(config.search.fine_tune.weight_decay, float)
     assert (config.max_drop, config.search.step) == (0.01, 0.1)
+
+
+def test_a_range_chosen_methods_and_what_ends_a_study_are_read_saved_and_overridden(
+    write: Write, tmp_path: Path
+) -> None:
+    text = "name: small\ntask: own.py:make\ntarget: [0.3, 0.8]\nstop_when: {max_drop: 0.01, mac_ratio: 0.5}\n"
+    text += "methods: {choices: [spatial_svd+channel_pruning, channel_pruning]}\n"
+    config = StudyConfig.load(write(text))
+    assert config.search.target == (0.3, 0.8)
+    assert config.stop_when == StopWhen(max_drop=0.01, mac_ratio=0.5)
+    chosen = Choice(("spatial_svd+channel_pruning", "channel_pruning"))
+    assert config.search.variables == {"methods": chosen}
+    config.save(tmp_path / "config.yaml")
+    assert StudyConfig.load(tmp_path / "config.yaml") == config
+    changes = ["target=[0.2, 0.4]", "stop_when.mac_ratio=0.3"]
+    changed = StudyConfig.load(tmp_path / "config.yaml", changes)
+    assert changed.search.target == (0.2, 0.4)
+    assert changed.stop_when == StopWhen(max_drop=0.01, mac_ratio=0.3)
+    assert StudyConfig.load(tmp_path / "config.yaml", ["stop_when=null"]).stop_when is None
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("stop_when.max_drop=little", "stop_when.max_drop is 'little'; it must be a number."),
+        ("stop_when.mac_ratio=2", "stop_when.mac_ratio is 2.0; it must be in (0, 1], MACs kept / MACs, or"),
+        ("stop_when.mac_ratio=0.4", "stop_when.mac_ratio is 0.4, but feasible candidates have 0.49 or more."),
+        ("stop_when.accuracy=0.9", "stop_when.accuracy is not a known key;"),
+        ("stop_when=soon", "stop_when is 'soon'; it must be a mapping"),
+        ("target=[0.8, 0.3]", "target is [0.8, 0.3]; it must be the lowest ratio of a range and then"),
+        ("target=[0.3, 0.5, 0.8]", "target is [0.3, 0.5, 0.8]; it must be a number or a list of 2 items."),
+        ("target=[0.3, high]", "target is [0.3, 'high']; it must be a number or a list of 2 items."),
+        ("target=[0.3, 1.2]", "target is [0.3, 1.2]; it must be in (0, 1)"),
+    ],
+)
+def test_a_range_or_an_end_that_means_nothing_is_refused(write: Write, override: str, fault: str) -> None:
+    (found,) = faults_of(write(MINIMAL), override)
+    assert found.startswith(fault)
 
 
 def test_channels_to_keep_are_read_saved_and_overridden(write: Write, tmp_path: Path) -> None:
@@ -166,7 +205,7 @@ def test_all_faults_of_what_is_searched_come_together(write: Write) -> None:
         "fine_tune.lr.lwo is not a known key; did you mean fine_tune.lr.low?",
         "fine_tune.lr.low is missing.",
         "fine_tune.epochs.low is 'a'; it must be a number.",
-        "target is {'low': 0.3, 'high': 0.5}; it must be a number.",
+        "target is {'low': 0.3, 'high': 0.5}; it must be a number or a list of 2 items.",
         "per_layer_fine_tune.epochs is {'low': 1, 'high': 2}; it must be a whole number.",
         "step is 7.0; it must be in (0, 1), for example 0.05.",
         "samples has low 64 and high 8; low must be less than high.",

@@ -111,6 +111,15 @@ def test_the_configuration_is_the_study_that_the_readme_promises():
     assert config.search.target == 0.5
 
 
+def test_the_front_is_that_of_the_same_network():
+    path = ROOT / "configs" / "digits_front.yaml"
+    assert path.read_text().splitlines()[0] == "# compress-search run configs/digits_front.yaml"
+    config, other = StudyConfig.load(path), StudyConfig.load(ROOT / "configs" / "digits.yaml")
+    assert config.task == other.task
+    assert config.search.target == (0.05, 0.5)
+    assert config.stop_when.mac_ratio > config.search.target[0]
+
+
 def test_the_configurations_task_is_the_scripts(baseline):
     path = ROOT / "configs" / "digits.yaml"
     config = StudyConfig.load(path, [f"task_args.baseline={baseline}"])

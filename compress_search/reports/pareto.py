@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import count, duration, ratio
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
+from compress_search.target import Interval, target_ends
 
 Fact = tuple[str, str]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ParetoData:
         points: The complete trials, by number.
         original_accuracy: Of the original model, whose ``mac_ratio`` is 1.
         original_facts: What else is known of it.
-        target: The wanted ``mac_ratio``.
+        targets: The wanted ``mac_ratio``, or the lowest and the highest of a range.
         band: Lowest and highest feasible ``mac_ratio``.
         chosen: Number of the trial that was chosen, if one was.
         scale: How accuracies are shown.
@@ -78,7 +78,7 @@ class ParetoData:
     points: tuple[ParetoPoint, ...]
     original_accuracy: float
     original_facts: tuple[Fact, ...]
-    target: float
+    targets: tuple[float, ...]
     band: Interval
     chosen: int | None
     scale: AccuracyScale
@@ -148,7 +148,7 @@ def pareto_data(front: ParetoFront, *, chosen: Candidate | None = None) -> Paret
             ("MACs", count(reference.macs)),
             ("parameters", count(reference.params)),
         ),
-        target=front.target,
+        targets=tuple(dict.fromkeys(target_ends(front.target))),
         band=front.band,
         chosen=None if chosen is None else chosen.number,
         scale=scale,

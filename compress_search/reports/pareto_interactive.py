@@ -174,15 +174,18 @@ def _target_shapes(data: ParetoData, axis: str) -> list[dict[str, Any]]:
             "name": f"band {low:.4g} to {high:.4g}",
             "showlegend": bool(axis),
         },
-        {
-            **vertical,
-            "type": "line",
-            "x0": data.target,
-            "x1": data.target,
-            "line": {"color": GREEN, "width": 2, "dash": "dash"},
-            "name": f"target {data.target:.4g}",
-            "showlegend": bool(axis),
-        },
+        *(
+            {
+                **vertical,
+                "type": "line",
+                "x0": target,
+                "x1": target,
+                "line": {"color": GREEN, "width": 2, "dash": "dash"},
+                "name": f"target {target:.4g}",
+                "showlegend": bool(axis),
+            }
+            for target in data.targets
+        ),
         {
             "type": "line",
             "xref": f"x{axis} domain",

@@ -40,7 +40,8 @@ def _draw_panel(panel: Axes, data: ParetoData, view: View) -> None:
     factor = data.scale.factor
     low, high = data.band
     panel.axvspan(low, high, color=GREEN, alpha=0.18, linewidth=0, label=f"band {low:.4g} to {high:.4g}")
-    panel.axvline(data.target, color=GREEN, linestyle="--", label=f"target {data.target:.4g}")
+    for target in data.targets:
+        panel.axvline(target, color=GREEN, linestyle="--", label=f"target {target:.4g}")
     original = factor * data.original_accuracy
     panel.axhline(original, color=PURPLE, linestyle=":", label="accuracy of the original")
     if data.steps:

@@ -17,6 +17,7 @@ import optuna
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.search.history import proposal_indices
@@ -33,8 +34,8 @@ GRID = "grid"
 """The sampler that samples nothing: the settings list the points."""
 
 SAMPLERS: Mapping[str, SamplerFactory] = {
-    # The ranges differ from trial to trial, so that a multivariate TPE would sample each alone anyway.
-    "tpe": lambda seed, _: TPESampler(seed=seed),
+    # Variables that have the same range in all trials are looked at together, the others each by itself.
+    "tpe": lambda seed, _: TPESampler(seed=seed, multivariate=True),
     "random": lambda seed, _: RandomSampler(seed=seed),
     # The second ratio's range is another one in every trial, so that it is sampled by itself. That is meant.
     "gp": lambda seed, _: GPSampler(seed=seed, warn_independent_sampling=False),
@@ -143,11 +144,14 @@ class ReproducibleSampler(BaseSampler):
     Args:
         make: Makes the inner sampler.
         seed: The study's seed.
+        by_accuracy: Whether the inner sampler sees the accuracy alone. Where there is one target every
+            feasible candidate has the wanted MACs; a few less of them within the tolerance are no merit.
     """
 
-    def __init__(self, make: SamplerFactory, seed: int) -> None:
+    def __init__(self, make: SamplerFactory, seed: int, *, by_accuracy: bool = False) -> None:
         self._make = make
         self._seed = seed
+        self._by_accuracy = by_accuracy
         self._relative: BaseSampler | None = None
         self._view: _StudyAsProposed | None = None
 
@@ -202,7 +206,7 @@ class ReproducibleSampler(BaseSampler):
     def _as_proposed(self, study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
         """Give the study and the trial as the inner sampler is to see them."""
         if self._view is None or self._view.trial_id != trial._trial_id:
-            self._view = _StudyAsProposed(study, trial)
+            self._view = _StudyAsProposed(study, trial, by_accuracy=self._by_accuracy)
         return cast("optuna.Study", self._view), _with_number(trial, self._view.index)
 
 
@@ -219,13 +223,15 @@ class _StudyAsProposed:
     Like Optuna's own cache, it shows the study as it was when one trial began.
 
     Attributes:
+        directions: Of what the inner sampler sees of the values.
         trial_id: Of the trial that began.
         index: Of its proposal.
         narrower: The range that a trial may choose from, by the variables whose range was widened.
     """
 
-    def __init__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+    def __init__(self, study: optuna.Study, trial: FrozenTrial, *, by_accuracy: bool) -> None:
         self._study = study
+        self.directions = study.directions[:1] if by_accuracy else study.directions
         trials = study.get_trials(deepcopy=False)
         indices = proposal_indices(trials)
         proposed = {}
@@ -233,6 +239,8 @@ class _StudyAsProposed:
             if other.number in indices:
                 proposed[indices[other.number]] = other
         ordered = [_with_number(other, index) for index, other in sorted(proposed.items())]
+        if by_accuracy:
+            ordered = [_with_accuracy_alone(other) for other in ordered]
         self._trials, self.narrower = _with_shared_ranges(ordered)
         self.trial_id = trial._trial_id
         # For a finalist nothing is sampled.
@@ -240,6 +248,13 @@ class _StudyAsProposed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
+
+    @property
+    def direction(self) -> StudyDirection:
+        return self.directions[0]
+
+    def _is_multi_objective(self) -> bool:
+        return len(self.directions) > 1
 
     def _get_trials(
         self,
@@ -257,6 +272,14 @@ def _with_number(trial: FrozenTrial, number: int) -> FrozenTrial:
     renumbered = copy.copy(trial)
     renumbered.number = number
     return renumbered
+
+
+def _with_accuracy_alone(trial: FrozenTrial) -> FrozenTrial:
+    if trial.values is None:
+        return trial
+    changed = copy.copy(trial)
+    changed.values = trial.values[:1]
+    return changed
 
 
 def _with_shared_ranges(

@@ -88,6 +88,11 @@ def make_settings():
     return make
 
 
+def sampler_of(settings):
+    single = not isinstance(settings.target, tuple)
+    return ReproducibleSampler(SAMPLERS[settings.sampler], settings.seed, by_accuracy=single)
+
+
 @pytest.fixture
 def new_study(tmp_path, make_settings):
     """Make an empty study on a database of its own."""
@@ -103,7 +108,7 @@ def new_study(tmp_path, make_settings):
                 storage=storage,
                 directions=DIRECTIONS,
                 load_if_exists=True,
-                sampler=ReproducibleSampler(SAMPLERS[settings.sampler], settings.seed),
+                sampler=sampler_of(settings),
             )
 
     yield make
@@ -117,9 +122,8 @@ def study_in_memory(make_settings):
 
     def make(settings=None):
         settings = settings or make_settings()
-        sampler = ReproducibleSampler(SAMPLERS[settings.sampler], settings.seed)
         with quiet_optuna():
-            return create_study(directions=DIRECTIONS, sampler=sampler)
+            return create_study(directions=DIRECTIONS, sampler=sampler_of(settings))
 
     return make
 
@@ -128,8 +132,8 @@ def study_in_memory(make_settings):
 def objective(make_settings):
     """Make the objective of a runner."""
 
-    def make(runner, settings=None):
+    def make(runner, settings=None, reference=REFERENCE):
         settings = settings or make_settings()
-        return lambda trial: run_trial(trial, settings=settings, runner=runner, reference=REFERENCE)
+        return lambda trial: run_trial(trial, settings=settings, runner=runner, reference=reference)
 
     return make

@@ -8,8 +8,9 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from compress_search.exceptions import ConfigError
+from compress_search.search.history import proposal_indices
 from compress_search.search.sampler import GRID, SAMPLERS, GenerationsByProposal
-from compress_search.search.space import enqueue_anchors, ratio_grid
+from compress_search.search.space import anchors, enqueue_anchors, ratio_grid
 from compress_search.search.variables import Choice, Range
 
 
@@ -102,7 +103,53 @@ def test_two_workers_of_one_seed_propose_different_points(
     assert points[0][0] != points[1][0] and points[0][1] != points[1][1]
 
 
-@pytest.mark.parametrize("name", ["gp", "nsga2"])
+def chosen(study):
+    """What the trials chose, in the order of their proposal."""
+    trials = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    index = proposal_indices(study.trials)
+    return [trial.params for trial in sorted(trials, key=lambda trial: index[trial.number])]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_search_of_a_range_is_the_same_interrupted_or_not_and_its_workers_differ(
+    name, study_in_memory, make_settings, objective, runner, caplog
+):
+    settings = make_settings(sampler=name, target=(0.3, 0.8))
+    run, first = objective(runner, settings), len(anchors(settings))
+    logging.getLogger("optuna").addHandler(caplog.handler)
+
+    def new():
+        study = study_in_memory(settings)
+        enqueue_anchors(study, settings)
+        return study
+
+    count = first + (2 if name == "gp" else 12)
+    whole, parts, interrupted = play(new(), run, count), new(), new()
+    for part in (3, first - 1, count - first - 2):
+        parts.sampler = study_in_memory(settings).sampler
+        play(parts, run, part)
+    # All the anchors but these come first; then those two again, then the search.
+    play(interrupted, run, first, interrupted=(1, 3))
+    play(interrupted, run, count - first)
+    assert chosen(whole) == chosen(parts) == chosen(interrupted)
+    workers = []
+    for _ in range(2):
+        whole.sampler = study_in_memory(settings).sampler
+        trial = whole.ask()
+        run(trial)
+        workers.append((trial.params["target"], trial.params["split"]))
+    assert workers[0] != workers[1]
+    logging.getLogger("optuna").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    searched = [(params["target"], params["split"]) for params in chosen(whole)[first:]]
+    # Breeding hands points on.
+    assert len(set(searched)) == len(searched) or name == "nsga2"
+    if name in ("gp", "nsga2", "tpe"):
+        # They look at both together.
+        assert trial.relative_search_space.keys() == {"target", "split"}
+
+
+@pytest.mark.parametrize("name", ["gp", "nsga2", "tpe"])
 def test_samplers_that_look_at_variables_together_do_so_beside_anchors(
     name, study_in_memory, make_settings, objective, runner
 ):
@@ -117,6 +164,23 @@ def test_samplers_that_look_at_variables_together_do_so_beside_anchors(
     # The anchors are in the model: the lowest one asks for the target itself, which is not on the grid.
     assert trial.relative_search_space["c_ssvd"] == FloatDistribution(0.33, 1.0)
     assert trial.params["c_ssvd"] in ratio_grid(0.33, 0.05)[1:]
+
+
+@pytest.mark.parametrize("name", ["gp", "nsga2", "tpe"])
+@pytest.mark.parametrize("target", [0.5, (0.3, 0.8)])
+def test_fewer_macs_within_the_tolerance_are_no_merit_but_on_a_front_they_are(
+    name, target, study_in_memory, make_settings, objective, runner
+):
+    settings = make_settings(sampler=name, target=target)
+    found = []
+    for sign in (1, -1):
+        study, run = study_in_memory(settings), objective(runner, settings)
+        for _ in range(12 if name == "gp" else 22):
+            trial = study.ask()
+            accuracy, mac_ratio = run(trial)
+            study.tell(trial, (accuracy, sign * mac_ratio))
+        found.append(proposals(study))
+    assert (found[0] == found[1]) == (target == 0.5)
 
 
 def test_nsga2_breeds_from_the_better_half(study_in_memory, make_settings, objective, runner):

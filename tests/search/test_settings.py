@@ -7,7 +7,7 @@ import pytest
 from compress_search.exceptions import ConfigError
 from compress_search.recipe import FineTune
 from compress_search.search.settings import SearchSettings
-from compress_search.search.variables import Range
+from compress_search.search.variables import Choice, Range
 
 
 def test_settings_survive_json():
@@ -41,6 +41,31 @@ def test_settings_from_before_grids_and_training_after_each_layer_are_read():
         ({"target": 0}, "target is 0"),
         ({"target": 1}, "target is 1"),
         ({"target": float("nan")}, "target is nan"),
+        ({"target": "0.5"}, "target is '0.5'; it must be in"),
+        ({"target": True}, "target is True"),
+        ({"target": ()}, r"target is \[\]; it must be in \(0, 1\)"),
+        ({"target": (0.8, 0.3)}, r"target is \[0.8, 0.3\]; it must be the lowest ratio of a range and then"),
+        ({"target": [0.5, 0.5]}, r"target is \[0.5, 0.5\]; it must be the lowest"),
+        ({"target": (0.3, 0.5, 0.8)}, r"target is \[0.3, 0.5, 0.8\]; it must be the lowest"),
+        ({"target": (0.3,)}, r"target is \[0.3\]; .*or a single ratio without brackets"),
+        ({"target": (0, 0.5)}, r"target is \[0, 0.5\]; it must be in \(0, 1\)"),
+        ({"target": (0.3, 1)}, r"target is \[0.3, 1\]; it must be in \(0, 1\)"),
+        ({"target": (0.3, float("nan"))}, r"target is \[0.3, nan\]; it must be in"),
+        (
+            {"target": (0.3, 0.9), "tolerance": 0.12},
+            r"the target \[0.3, 0.9\] leaves \(0, 1\). Give less than 0.1111",
+        ),
+        (
+            {"target": (0.3, 0.8), "sampler": "grid", "grid": {"c_ssvd": [0.9]}},
+            "grid has no c_cp, but what is",
+        ),
+        (
+            {"variables": {"methods": Choice(("spatial_svd", "chanel_pruning"))}},
+            "Did you mean 'channel_pruning'?",
+        ),
+        ({"variables": {"methods": Choice(("spatial_svd+spatial_svd",))}}, "names 'spatial_svd' twice"),
+        ({"variables": {"methods": Choice((("spatial_svd",),))}}, "each must be a text"),
+        ({"variables": {"methods": Range(1, 2)}}, "methods is no number"),
         ({"tolerance": 0}, "leaves no room"),
         ({"tolerance": -0.1}, "leaves no room"),
         ({"tolerance": float("nan")}, "leaves no room"),

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from optuna.trial import FixedTrial, TrialState
 
 from compress_search.exceptions import RatioError
 from compress_search.recipe import Compress, FineTune
 from compress_search.search.history import ANCHOR, RETRY_OF
+from compress_search.search.settings import SearchSettings
 from compress_search.search.space import (
     anchors,
     enqueue_anchors,
@@ -20,6 +23,7 @@ from compress_search.search.space import (
     ratio_grid,
     trials_in_reach,
 )
+from compress_search.search.variables import Choice
 
 
 def fixed(params, **user_attrs):
@@ -69,12 +73,11 @@ def test_the_anchor_of_one_method_is_the_target(make_settings):
     assert [anchor.ratio for anchor in anchors(settings)] == [0.5]
 
 
-def test_the_last_ratio_is_what_is_missing(make_settings):
-    settings = make_settings(tolerance=0.02)
-    assert last_ratio_range(settings, 0.8) == pytest.approx((0.495 / 0.8, 0.51 / 0.8))
-    assert last_ratio_range(settings, 0.8, exact=True) == (0.625, 0.625)
-    assert last_ratio_range(settings, 0.51) == (1.0, 1.0)
-    assert last_ratio_range(settings, 0.4, exact=True) == (1.0, 1.0)
+def test_the_last_ratio_is_what_is_missing():
+    assert last_ratio_range(0.5, 0.02, 0.8) == pytest.approx((0.495 / 0.8, 0.51 / 0.8))
+    assert last_ratio_range(0.5, 0.02, 0.8, exact=True) == (0.625, 0.625)
+    assert last_ratio_range(0.5, 0.02, 0.51) == (1.0, 1.0)
+    assert last_ratio_range(0.5, 0.02, 0.4, exact=True) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("anchor", ["spatial_svd only", "channel_pruning only", "equal ratios", "guidebook"])
@@ -144,6 +147,137 @@ def test_a_trial_whose_first_ratio_cannot_be_reached_has_both_parameters_all_the
     with pytest.raises(RatioError):
         propose(trial, make_settings(), unreachable)
     assert set(trial.params) == {"c_ssvd", "c_cp"}
+
+
+RANGE = {"target": (0.3, 0.8)}
+
+
+def test_anchors_of_a_range_are_its_corners_its_middle_and_the_guidebooks(make_settings):
+    points = {anchor.label: (anchor.target, anchor.ratio) for anchor in anchors(make_settings(**RANGE))}
+    assert points == {
+        "spatial_svd only at 0.3": (0.3, 0.3),
+        "spatial_svd only at 0.8": (0.8, 0.8),
+        "spatial_svd only at 0.49": (0.49, 0.49),
+        "channel_pruning only at 0.3": (0.3, 1.0),
+        "channel_pruning only at 0.8": (0.8, 1.0),
+        "channel_pruning only at 0.49": (0.49, 1.0),
+        "equal ratios at 0.3": (0.3, 0.55),
+        "equal ratios at 0.8": (0.8, 0.9),
+        "equal ratios at 0.49": (0.49, 0.7),
+        "guidebook": (0.5, 0.75),
+    }
+    labels = [anchor.label for anchor in anchors(make_settings(target=(0.1, 0.4)))]
+    assert len(labels) == 9
+    assert "guidebook" not in labels
+    alone = anchors(make_settings(**RANGE, methods=("channel_pruning",)))
+    assert [(anchor.label, anchor.ratio) for anchor in alone] == [
+        ("target at 0.3", 0.3),
+        ("target at 0.8", 0.8),
+        ("target at 0.49", 0.49),
+    ]
+    narrow = anchors(make_settings(target=(0.5, 0.504), tolerance=0.001))
+    assert {anchor.target for anchor in narrow} == {0.5, 0.504, math.sqrt(0.5 * 0.504)}
+
+
+def test_anchors_of_a_range_are_asked_for_as_they_say(make_settings, study_in_memory):
+    settings = make_settings(**RANGE)
+    study = study_in_memory(settings)
+    enqueue_anchors(study, settings)
+    wanted = anchors(settings)
+    run_all(study, settings, len(wanted))
+    for trial, anchor in zip(study.get_trials(deepcopy=False), wanted, strict=True):
+        assert trial.params["target"] == anchor.target
+        assert trial.params["c_ssvd"] == anchor.ratio
+        assert trial.params["c_cp"] == pytest.approx(anchor.target / anchor.ratio)
+
+
+@given(st.floats(0.3, 0.8), st.floats(0, 1))
+def test_a_trial_of_a_range_splits_its_own_target_and_meets_it_exactly(target, split):
+    def a_little_less(stages):
+        return 0.997 * exactly(stages)
+
+    first = min(ratio_grid(target, 0.05), key=lambda point: abs(point - target**split))
+    before = 0.997 * first if first < 1 else 1.0
+    second = 1.0 if before <= target * 1.02 else target / before
+    trial = fixed({"target": target, "split": split, "c_ssvd": first, "c_cp": second})
+    with warnings.catch_warnings():
+        # FixedTrial warns of a value that was no choice.
+        warnings.simplefilter("error")
+        recipe = propose(trial, SearchSettings(target=(0.3, 0.8)), a_little_less).recipe
+    assert list(trial.params) == ["target", "split", "c_ssvd", "c_cp"]
+    used = {stage.method: stage.mac_ratio for stage in recipe.stages if isinstance(stage, Compress)}
+    asked_for = {"spatial_svd": first, "channel_pruning": second}
+    assert used == {method: ratio for method, ratio in asked_for.items() if ratio < 1} != {}
+
+
+def test_a_trial_of_a_range_has_the_same_bounds_in_every_trial(make_settings, study_in_memory):
+    settings = make_settings(**RANGE)
+    study = study_in_memory(settings)
+    enqueue_anchors(study, settings)
+    run_all(study, settings, 30)
+    trials = study.get_trials(deepcopy=False)
+    assert {trial.distributions["target"] for trial in trials} == {FloatDistribution(0.3, 0.8, log=True)}
+    assert {trial.distributions["split"] for trial in trials} == {FloatDistribution(0, 1)}
+    for trial in trials:
+        target, first = trial.params["target"], trial.params["c_ssvd"]
+        assert target <= first and first in ratio_grid(target, 0.05)
+    # Between the points of the grid there is only the target itself.
+    shared = [trial.params["c_ssvd"] for trial in trials]
+    assert len(set(shared) & set(ratio_grid(0.1, 0.05))) > 5
+
+
+def test_one_method_gets_the_whole_target_that_a_trial_chose(make_settings, study_in_memory):
+    settings = make_settings(**RANGE, methods=("channel_pruning",))
+    study = study_in_memory(settings)
+    run_all(study, settings, 5)
+    for trial in study.get_trials(deepcopy=False):
+        assert trial.params.keys() == {"target", "c_cp"}
+        assert trial.params["c_cp"] == trial.params["target"]
+
+
+METHODS_TO_CHOOSE = (
+    "spatial_svd+channel_pruning",
+    "weight_svd+channel_pruning",
+    "channel_pruning",
+    "weight_svd",
+)
+
+
+@pytest.mark.parametrize("target", [0.5, (0.3, 0.8)])
+def test_methods_can_be_chosen_and_each_choice_has_its_own_ratios(make_settings, study_in_memory, target):
+    settings = make_settings(target=target, variables={"methods": Choice(METHODS_TO_CHOOSE)})
+    study = study_in_memory(settings)
+    enqueue_anchors(study, settings)
+    first = len(study.get_trials(deepcopy=False))
+    labels = [trial.user_attrs[ANCHOR] for trial in study.get_trials(deepcopy=False)]
+    # Pruning alone is tried beside spatial SVD already.
+    assert [label for label in labels if " of " in label] == [
+        "equal ratios of weight_svd+channel_pruning",
+        "equal ratios of weight_svd",
+    ]
+    ratios = {
+        "spatial_svd+channel_pruning": {"c_ssvd", "c_cp"},
+        "weight_svd+channel_pruning": {"c_wsvd", "c_cp"},
+        "channel_pruning": {"c_cp"},
+        "weight_svd": {"c_wsvd"},
+    }
+    recipes = []
+    for _ in range(first + 20):
+        trial = study.ask()
+        recipes.append(propose(trial, settings, exactly).recipe)
+        study.tell(trial, (0.9, 0.5))
+    for trial, recipe in zip(study.get_trials(deepcopy=False), recipes, strict=True):
+        methods = trial.params["methods"].split("+")
+        asked_of = {name for name in trial.params if name.startswith("c_")}
+        assert asked_of == ratios[trial.params["methods"]]
+        used = [stage.method for stage in recipe.stages if isinstance(stage, Compress)]
+        assert used == [m for m in methods if m in used] and used
+        aim = trial.params.get("target", 0.5)
+        assert (
+            aim * 0.99 - 1e-9 <= exactly([s for s in recipe.stages if isinstance(s, Compress)]) <= aim * 1.02
+        )
+    searched = {trial.params["methods"] for trial in study.get_trials(deepcopy=False)[first:]}
+    assert searched == set(METHODS_TO_CHOOSE)
 
 
 def asked(study):
@@ -217,7 +351,7 @@ def test_a_grid_says_how_many_trials_there_are_and_which_miss_the_target(make_se
     settings = make_settings(sampler="grid", grid={"c_ssvd": (0.9, 0.8), "c_cp": (0.55, 0.625)})
     with caplog.at_level("INFO", logger="compress_search"):
         assert trials_in_reach(settings, 20) == 4
-    assert "2 of the 4 points of the grid are not within the tolerance" in caplog.text
+    assert "2 of the 4 points of the grid are not within the tolerance of the target 0.5;" in caplog.text
     assert "0.9 x 0.625, 0.8 x 0.55." in caplog.text
     assert "the study ends with 4 trials, not 20" in caplog.text
     assert trials_in_reach(settings, 3) == 3

@@ -369,6 +369,60 @@ def test_a_study_with_variables_goes_from_a_task_to_its_report(create, tmp_path)
     assert exported["search_params"] == best.params
 
 
+def test_the_front_of_a_range_goes_from_a_task_to_its_report(create, tmp_path):
+    study = optimize(create(target=[0.4, 0.7], selection="uniform"), 11)
+    assert study.settings.target == (0.4, 0.7)
+    trials, candidates = study.optuna_study.trials, study.candidates()
+    low, high = study.front().band
+    assert (low, high) == pytest.approx((0.4 * 0.9, 0.7 * 1.1))
+    for trial, candidate in zip(trials, candidates, strict=True):
+        assert list(trial.params)[:3] == ["target", "split", "c_ssvd"]
+        assert candidate.feasible == (low <= candidate.mac_ratio <= high)
+        # What was asked for is what came of it, but for whole ranks and channels.
+        assert candidate.mac_ratio == pytest.approx(trial.params["target"], rel=0.15)
+    front = study.front().best
+    assert len(front) > 1 and front[0].mac_ratio < 0.5
+    fewest = study.best(max_drop=1.0)
+    assert fewest == front[0] and study.best() == front[-1]
+    text = str(study.status())
+    assert f"Front so far:\n{study.front()}" in text
+    header = str(study.front()).splitlines()[0].split()
+    assert header[:5] == ["trial", "target", "split", "c_ssvd", "c_cp"]
+    (finalist,) = study.finalize(1, 1, progress=Progress(Console(file=io.StringIO())))
+    assert finalist.state == "complete" and finalist.params == candidates[finalist.finalist_of].params
+    files = study.report(fewest)
+    page = files.page.read_text(encoding="utf-8")
+    assert "Target mac_ratio 0.4 to 0.7, band 0.36 to 0.77. 11 trials" in page
+    assert "target 0.4" in page and "target 0.7" in page
+    rows = list(csv.DictReader(io.StringIO(files.table.read_text(encoding="utf-8"))))
+    assert [float(row["param_target"]) for row in rows][:3] == [t.params["target"] for t in trials[:3]]
+    exported = json.loads((study.export(fewest).folder / "candidate.json").read_text())
+    assert exported["search_params"] == fewest.params
+    loaded = load_study("first", workspace=tmp_path)
+    assert loaded.settings == study.settings and loaded.front() == study.front()
+    assert "target" in str(study.trial_history(3))
+    with pytest.raises(StudyMismatchError, match=r"target: stored \[0.4, 0.7\], asked \[0.4, 0.6\]"):
+        create(target=(0.4, 0.6), selection="uniform")
+
+
+def test_a_study_that_chooses_its_methods(create):
+    choices = ("spatial_svd+channel_pruning", "weight_svd+channel_pruning", "weight_svd")
+    study = optimize(create(variables={"methods": Choice(choices)}, selection="uniform"), 8)
+    complete = [candidate for candidate in study.candidates() if candidate.state == "complete"]
+    assert {candidate.params["methods"] for candidate in complete} == set(choices)
+    trials = study.optuna_study.trials
+    for candidate in complete:
+        ratios = {name for name in candidate.params if name.startswith("c_")}
+        assert trials[candidate.number].user_attrs["achieved"].keys() == ratios
+        names = [stage.name for stage in candidate.stages if stage.name != "fine_tune"]
+        assert set(names) <= set(candidate.params["methods"].split("+"))
+        assert (
+            profile_model(candidate.load_model(), study.task.example_input).macs == candidate.stages[-1].macs
+        )
+    page = study.report(study.best()).page.read_text(encoding="utf-8")
+    assert "weight_svd+channel_pruning" in page
+
+
 @pytest.mark.parametrize("directions", [["minimize", "minimize"], ["maximize"]])
 def test_a_study_with_other_directions_is_refused(create, tmp_path, directions):
     storage = open_storage(None, Workspace(tmp_path).prepare())
