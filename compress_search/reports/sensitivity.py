@@ -13,6 +13,9 @@ from compress_search.reports.formatting import technique
 from compress_search.reports.layer_bars import shortened
 from compress_search.selection.table import Cell, SensitivityTable
 
+LOSSES = {"divergence": "divergence (nats)", "score": "drop of the score"}
+"""What the losses of a table are, by the stage's ``sensitivity``."""
+
 
 @dataclass(frozen=True)
 class StageSensitivity:
@@ -106,7 +109,7 @@ def draw_heat_map(data: HeatMap, *, narrow: bool = False, theme: Theme = LIGHT) 
             },
         },
         xaxis=common_axis(
-            theme, "candidate sizes, from the smallest to the largest", showticklabels=False, showgrid=False
+            theme, "candidate sizes, from the smallest to the largest", tickvals=[], showgrid=False
         ),
         yaxis=common_axis(
             theme,
