@@ -7,7 +7,7 @@ so that it stands out from a dark page too. Data has the same colours on every p
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +79,23 @@ def common_layout(theme: Theme, *, height: int, bottom: int, legend: bool = True
             "x": 0,
         },
     }
+
+
+def recoloured(layout: Mapping[str, Any], theme: Theme) -> dict[str, Any]:
+    """The layout that a figure has on a page of another theme, without drawing it again.
+
+    Args:
+        layout: Of the figure on a light page, as plain values.
+        theme: The other page's.
+    """
+    colours = {LIGHT.ink: theme.ink, LIGHT.grid: theme.grid}
+
+    def replaced(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {inner: replaced(inner, item) for inner, item in value.items()}
+        return colours.get(value, value) if name.endswith("color") else value
+
+    return {name: replaced(name, value) for name, value in layout.items()}
 
 
 def common_axis(theme: Theme, title: str = "", **changes: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from compress_search.reports.answer import answer_facts, summary_of, why_no_answer
-from compress_search.reports.figure_look import DARK, LIGHT
+from compress_search.reports.figure_look import DARK, recoloured
 from compress_search.reports.figures import StudyFigure, study_figures
 from compress_search.reports.formatting import count, duration, ratio, stage_label
 from compress_search.reports.frames import (
@@ -115,7 +115,12 @@ def write_report(
     """
     details = Details() if chosen is None or details is None else details
     data = pareto_data(front, chosen=chosen)
-    figures = study_figures(front, chosen=chosen, layers=details.layers, sensitivities=details.sensitivities)
+    figures = {
+        figure.name: figure
+        for figure in study_figures(
+            front, chosen=chosen, layers=details.layers, sensitivities=details.sensitivities
+        )
+    }
     times = stage_times(candidate.stages for candidate in front.candidates)
     frames = {
         "candidates": trials_frame(front),
@@ -125,10 +130,12 @@ def write_report(
     }
     flat = _flat(settings or {})
     common = {"title": title, "summary": summary_of(front), "refresh": refresh}
+    drawn = {name: _drawn(figure) for name, figure in figures.items()}
     environment = _environment(data)
     page = environment.get_template("report.html.j2").render(
         **common,
-        figures={figure.name: figure for figure in figures},
+        figures=figures,
+        drawn=drawn,
         chosen=chosen,
         answer=[] if chosen is None else answer_facts(chosen, front, scale=data.scale, test=details.test),
         code=None if chosen is None else _code(chosen, details),
@@ -147,7 +154,7 @@ def write_report(
         tables=[name for name, frame in frames.items() if len(frame)],
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
-    plot = environment.get_template("front.html.j2").render(**common, figures={"front": figures[0]})
+    plot = environment.get_template("front.html.j2").render(**common, drawn=drawn)
     table, *more_tables = write_frames(folder, frames)
     files = ReportFiles(
         page=folder / "report.html",
@@ -181,7 +188,6 @@ def _environment(data: ParetoData) -> Environment:
         "param": format_param,
         "standing": lambda trial: standing.get(trial.number, trial.state),
         "stage_label": stage_label,
-        "drawn": _drawn,
     }
     environment.filters |= filters
     environment.globals["plotly"] = Markup(get_plotlyjs())
@@ -190,19 +196,15 @@ def _environment(data: ParetoData) -> Environment:
 
 def _drawn(figure: StudyFigure) -> Markup:
     """A figure's data once, and its layout for wide and narrow, light and dark pages, as JSON."""
-    drawn = {
-        place: {
-            name: json.loads(figure.draw(narrow=place == "narrow", theme=theme).to_json())
-            for name, theme in (("light", LIGHT), ("dark", DARK))
-        }
-        for place in ("wide", "narrow")
-    }
+    places = {place: figure.draw(narrow=place == "narrow") for place in ("wide", "narrow")}
     layouts = {
-        place: {theme: value["layout"] for theme, value in themes.items()} for place, themes in drawn.items()
+        place: {"light": light, "dark": recoloured(light, DARK)}
+        for place, drawn in places.items()
+        for light in (json.loads(drawn.layout.to_json()),)
     }
+    data = json.loads(places["wide"].to_json())["data"]
     # A name that holds "</script>" must not end the element that the JSON stands in.
-    text = json.dumps({"data": drawn["wide"]["light"]["data"], "layouts": layouts}).replace("<", "\\u003c")
-    return Markup(text)
+    return Markup(json.dumps({"data": data, "layouts": layouts}).replace("<", "\\u003c"))
 
 
 def _code(chosen: Candidate, details: Details) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.methods import METHODS
@@ -79,7 +80,7 @@ _ORDINALS = ("First", "Second", "Third", "Fourth")
 def _halves(stages: Sequence[StageResult]) -> Iterator[_Half]:
     starts = [place for place, stage in enumerate(stages) if stage.name in METHODS]
     before = 1.0
-    for start, end in zip(starts, [*starts[1:], len(stages)], strict=True):
+    for start, end in pairwise([*starts, len(stages)]):
         compressed, last = stages[start], stages[end - 1]
         if not math.isfinite(compressed.accuracy + last.accuracy):
             return
