@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # Idle OpenMP threads that spin take the cores from the ones that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -28,6 +28,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The API reference in build/api. A warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python .ci/api_reference.py
 
 # The studies in runs/ are the user's work: they stay.
 clean:

@@ -77,7 +77,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # From now on it is an ordinary name of this module, which is looked up without coming here.
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

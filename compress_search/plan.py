@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress_search.exceptions import PlanError
+from compress_search.html_table import html_table
 from compress_search.profile import COUNTED_LAYERS
 from compress_search.surgery import can_keep_channels, channel_count, keep_channels
 from compress_search.weight_sharing import copy_sharing_weights
@@ -82,6 +83,10 @@ class FactoriseLayer:
                 if module is old:
                     setattr(parent, child, new)
 
+    def describe(self) -> str:
+        """Say what becomes of the layer."""
+        return f"rank {self.rank}: {', '.join(f'{part.name} {part.type}' for part in self.parts)}"
+
 
 @dataclass(frozen=True)
 class KeepChannels:
@@ -108,6 +113,13 @@ class KeepChannels:
             if kept is not None and not all(0 <= index < channels for index in kept):
                 raise _misfit(f"keeps channels that {self.layer!r} does not have: it has {channels} {side}")
         keep_channels(module, inputs=self.inputs, outputs=self.outputs)
+
+    def describe(self) -> str:
+        """Say how many channels are kept."""
+        sides = (("input", self.inputs), ("output", self.outputs))
+        return "keeps " + " and ".join(
+            f"{len(kept)} {side} channels" for side, kept in sides if kept is not None
+        )
 
 
 Edit = FactoriseLayer | KeepChannels
@@ -169,6 +181,15 @@ class CompressionPlan:
                     )
                 places = {channel: edit.outputs.index(place) for channel, place in places.items()}
         return name, tuple(places.values())
+
+    def _repr_html_(self) -> str:
+        """Show the plan in a notebook, a row for each change and for each layer that was left alone."""
+        rows = [("step", "layer", "what became of it")]
+        for step in self.steps:
+            name = f"{step.method} to {step.mac_ratio:.4f} of the MACs"
+            rows += [(name, edit.layer, edit.describe()) for edit in step.edits]
+            rows += [(name, layer, f"left alone: {reason}") for layer, reason in step.left_alone.items()]
+        return html_table(rows, caption="" if self.steps else "Nothing is changed.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able values."""

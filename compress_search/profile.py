@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from compress_search.exceptions import ModelError
+from compress_search.html_table import html_table
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -82,6 +83,16 @@ class ModelProfile:
     def mac_ratio(self, reference: ModelProfile) -> float:
         """MACs of this model / MACs of ``reference``: the meaning of every ``mac_ratio``."""
         return self.macs / reference.macs
+
+    def _repr_html_(self) -> str:
+        """Show the layers in a notebook."""
+        head = ("layer", "kind", "weight", "MACs", "parameters")
+        rows = [
+            (row.name, row.kind, " × ".join(map(str, row.weight_shape)), f"{row.macs:,}", f"{row.params:,}")
+            for row in self.layers
+        ]
+        caption = f"{self.macs:,} MACs for one example, {self.params:,} parameters"
+        return html_table((head, *rows), right=head[2:], caption=caption)
 
 
 def layer_macs(layer: nn.Module, input_shape: Shape, output_shape: Shape) -> int:

@@ -12,6 +12,7 @@ import compress_search
 
 ORDER = (
     "exceptions",
+    "html_table",
     "workspace",
     "disk_space",
     "repeating",

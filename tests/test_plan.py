@@ -169,3 +169,18 @@ def test_an_unreadable_file_is_named(tmp_path, content):
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(PlanError, match=r"Cannot read a plan from .*plan\.json"):
         CompressionPlan.load(path)
+
+
+def test_a_notebook_shows_every_change_and_reason():
+    edits = (
+        FactoriseLayer("stem", 5, (Part("vertical", "Conv2d", {}), Part("horizontal", "Conv2d", {}))),
+        KeepChannels("body", inputs=(0, 1), outputs=(3,)),
+        KeepChannels("norm", outputs=(3,)),
+    )
+    step = PlanStep("spatial_svd", 0.5, edits, {"head": "network <output>"})
+    page = CompressionPlan((step,))._repr_html_()
+    assert "rank 5: vertical Conv2d, horizontal Conv2d" in page
+    assert "keeps 2 input channels and 1 output channels" in page
+    assert "left alone: network &lt;output&gt;" in page
+    assert page.count("spatial_svd to 0.5000 of the MACs") == 4
+    assert "Nothing is changed" in CompressionPlan()._repr_html_()

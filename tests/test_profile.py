@@ -202,3 +202,12 @@ def test_inference_mode_restores_each_modules_mode_after_an_error():
         fail()
     assert [m.training for m in model.modules()] == [True, True, False]
     assert torch.is_grad_enabled()
+
+
+def test_a_notebook_shows_the_layers():
+    profile = profile_model(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), torch.zeros(1, 3, 3, 3)
+    )
+    page = profile._repr_html_()
+    assert "232 MACs for one example, 242 parameters" in page
+    assert all(text in page for text in ("8 × 3 × 3 × 3", ">216<", "2 × 8", ">16<"))

@@ -93,7 +93,8 @@ def test_difference_is_an_error(study, comparison, change):
 def test_plans_have_the_same_trials_in_all(study):
     settings = SearchSettings(target=0.5, fine_tune=FineTune(epochs=2, lr=0.01))
     plans = study.plans(settings, 12)
-    assert [sum(part.n_trials for part in plan) for plan in plans.values()] == [12, 12, 12]
+    assert tuple(plans) == study.PLANS
+    assert [sum(part.n_trials for part in plan) for plan in plans.values()] == [12, 12, 12, 12]
     assert plans["default"] == (study.Part(settings, 12),)
     assert [part.settings.final_fine_tune.lr for part in plans["variants"]] == [0.005, 0.01, 0.02]
     # They share everything but the last fine-tuning.

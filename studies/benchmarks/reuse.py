@@ -7,11 +7,13 @@ after the other, so that whatever else the machine does troubles both. The pipel
 what it took the study to propose them is time of the study's alone. Both must come to the same accuracies,
 stage by stage, or there is an error and no table.
 
-How much is shared depends on what the trials ask for, so there are three plans:
+How much is shared depends on what the trials ask for, so there are four plans:
 
 * ``default``: one study as configured. Its first ratios lie on a grid of 0.05, where few meet.
 * ``coarse``: the same on a grid of 0.125, a handful of first ratios as in AIMET's guidebook, each with
   several second ones.
+* ``guidebook``: what AIMET's guidebook does, three first ratios and from each network that they leave
+  several second ones, with the ``grid`` sampler.
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
@@ -55,7 +57,11 @@ from compress_search.workspace import Workspace
 
 CONFIGURATION = Path(__file__).parents[2] / "configs" / "digits.yaml"
 COARSE_STEP = 0.125
+FIRST_RATIOS = (0.65, 0.75, 0.85)
+SECOND_RATIOS = (0.8, 0.7, 0.6, 0.5)
+"""Of the guidebook's plan: so many of them, and in this order, that all first ratios have as many."""
 LR_FACTORS = (0.5, 1.0, 2.0)
+PLANS = ("default", "coarse", "guidebook", "variants")
 CPU = "cpu"
 
 T = TypeVar("T")
@@ -87,8 +93,15 @@ def plans(settings: SearchSettings, n_trials: int) -> dict[str, tuple[Part, ...]
     return {
         "default": (Part(settings, n_trials),),
         "coarse": (Part(replace(settings, step=COARSE_STEP), n_trials),),
+        "guidebook": (Part(replace(settings, sampler="grid", grid=crossing(n_trials)), n_trials),),
         "variants": tuple(Part(variant, n_trials // len(LR_FACTORS)) for variant in variants),
     }
+
+
+def crossing(n_trials: int) -> dict[str, tuple[float, ...]]:
+    """The ratios of at most so many trials: all of the first, each with as many of the second."""
+    of_each = max(1, n_trials // len(FIRST_RATIOS))
+    return {"c_ssvd": FIRST_RATIOS, "c_cp": SECOND_RATIOS[:of_each]}
 
 
 def compare(task: Task, plan: Sequence[Part], progress: Progress) -> Comparison:
@@ -195,7 +208,7 @@ def main() -> None:
     """Compare each plan; print the tables and write them."""
     parser = argparse.ArgumentParser(description="A study with reuse against as many separate pipelines.")
     parser.add_argument("--network", choices=("digits", "cifar10"), default="digits")
-    parser.add_argument("--plan", choices=("default", "coarse", "variants"), help="this one alone")
+    parser.add_argument("--plan", choices=PLANS, help="this one alone")
     parser.add_argument("--trials", type=int, default=12, help="default 12")
     parser.add_argument("--images", type=int, default=5_120, help="of cifar10, to train on (default 5120)")
     parser.add_argument("--epochs", type=int, default=2, help="of cifar10's fine-tunings (default 2)")
