@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress_search.profile import ModelProfile, profile_model
     from compress_search.recipe import Compress, FineTune, Recipe
     from compress_search.results import Candidate, ParetoFront
+    from compress_search.search.stop_when import StopWhen
     from compress_search.search.study import CompressionStudy, create_study, load_study
     from compress_search.search.variables import Choice, Range
     from compress_search.selection.table import SensitivityTable
@@ -38,6 +39,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Candidate": "results",
     "ParetoFront": "results",
+    "StopWhen": "search.stop_when",
     "CompressionStudy": "search.study",
     "create_study": "search.study",
     "load_study": "search.study",
@@ -62,6 +64,7 @@ __all__ = [
     "Range",
     "Recipe",
     "SensitivityTable",
+    "StopWhen",
     "Task",
     "TrainingJob",
     "accuracy",

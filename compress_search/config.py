@@ -23,6 +23,7 @@ import yaml
 
 from compress_search.exceptions import ConfigError, StudyError, TaskError
 from compress_search.search.settings import TUNINGS, SearchSettings, searchable
+from compress_search.search.stop_when import StopWhen
 from compress_search.search.storage import parse_url
 from compress_search.search.study import check_name, choose_device
 from compress_search.search.variables import Choice, Range
@@ -52,6 +53,8 @@ class StudyConfig:
         search: How to search.
         task_args: Keyword arguments of the task function.
         n_trials: Total number of finished trials that the study is to have.
+        stop_when: Ends the study before it has them, as soon as a candidate is good enough: for example
+            ``{max_drop: 0.01, mac_ratio: 0.5}``; ``None`` for never.
         max_drop: The largest drop of accuracy that the chosen model may have (0.01 is one point);
             ``None`` chooses the most accurate one.
         workspace: Folder of the results, relative to the current one; by default
@@ -67,6 +70,7 @@ class StudyConfig:
     search: SearchSettings
     task_args: Mapping[str, Any] = field(default_factory=dict)
     n_trials: int = 20
+    stop_when: StopWhen | None = None
     max_drop: float | None = None
     workspace: Path = field(default_factory=default_workspace)
     storage: str | None = None
@@ -81,6 +85,11 @@ class StudyConfig:
             faults.append(f"checkpoint_seconds is {self.checkpoint_seconds!r}; it must be positive.")
         if self.max_drop is not None and not math.isfinite(self.max_drop):
             faults.append(f"max_drop is {self.max_drop!r}; it must be a number (0.01 is one point), or null.")
+        if self.stop_when is not None:
+            try:
+                self.stop_when.check(self.search)
+            except ConfigError as error:
+                faults += error.faults
         if faults:
             raise ConfigError(faults)
 
@@ -128,6 +137,7 @@ class StudyConfig:
             for key, value in {
                 **values,
                 "task_args": dict(self.task_args),
+                "stop_when": None if self.stop_when is None else dataclasses.asdict(self.stop_when),
                 "workspace": str(self.workspace),
                 **search,
             }.items()

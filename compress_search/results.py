@@ -15,6 +15,7 @@ from compress_search.checkpoint import load_weights
 from compress_search.exceptions import PlanError, StudyError, WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
+from compress_search.target import SPLIT, TARGET, Interval, Target, band_of
 
 MADE_AGAIN = (
     "Run the same study under another name in this workspace: it reuses every stage that is whole, and "
@@ -180,19 +181,19 @@ class ParetoFront:
     Attributes:
         candidates: All candidates, by trial number.
         reference: The original model.
-        target: The wanted ``mac_ratio``.
-        tolerance: Half-width of the band around the target, relative to it.
+        target: The wanted ``mac_ratio``, or the lowest and the highest of a range.
+        tolerance: How far the band reaches beyond the target, relative to it.
     """
 
     candidates: tuple[Candidate, ...]
     reference: Reference
-    target: float
+    target: Target
     tolerance: float
 
     @property
-    def band(self) -> tuple[float, float]:
+    def band(self) -> Interval:
         """Lowest and highest feasible ``mac_ratio``."""
-        return self.target * (1 - self.tolerance), self.target * (1 + self.tolerance)
+        return band_of(self.target, self.tolerance)
 
     @property
     def best(self) -> tuple[Candidate, ...]:
@@ -290,10 +291,14 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
 
 
 def param_names(candidates: Iterable[Candidate]) -> list[str]:
-    """Names of all search variables in the order of columns: ratios as they are applied, then settings."""
+    """Names of all search variables in the order of columns: ratios as they are applied, then settings.
+
+    Where the target is searched it comes first, and how it is split among the methods.
+    """
     names = sorted({name for candidate in candidates for name in candidate.params})
+    whole = [name for name in (TARGET, SPLIT) if name in names]
     ratios = [name for name in names if name.startswith("c_")]
-    return [*reversed(ratios), *(name for name in names if name not in ratios)]
+    return [*whole, *reversed(ratios), *(name for name in names if name not in (*whole, *ratios))]
 
 
 def format_param(value: float | int | str) -> str:

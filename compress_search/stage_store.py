@@ -22,7 +22,7 @@ from compress_search.exceptions import WorkspaceError
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.results import StageResult
 from compress_search.stage_files import PLAN, WEIGHTS, fault_of, read_result, seal
-from compress_search.workspace import Workspace, new_folder, remove_folder
+from compress_search.workspace import Workspace, new_folder, remove_folder, write_text_atomically
 
 logger = logging.getLogger("compress_search")
 
@@ -63,6 +63,15 @@ class StageStore:
         except FileNotFoundError:
             return None
 
+    def find_same(self, plan_key: str) -> StageResult | None:
+        """Return the result of the finished stage with this ``plan_key``, if there is one; see :meth:`save`."""
+        try:
+            key = (self.workspace.plans / plan_key).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        # Whatever else a damaged file says is no name of a folder.
+        return self.find(key) if key.isalnum() else None
+
     def set_aside(self, key: str, fault: str) -> Path | None:
         """Move a damaged stage out of the way, under another name, and report it.
 
@@ -89,7 +98,13 @@ class StageStore:
         return aside
 
     def save(
-        self, result: StageResult, plan: CompressionPlan, model: nn.Module, *, say: Callable[[str], None]
+        self,
+        result: StageResult,
+        plan: CompressionPlan,
+        model: nn.Module,
+        *,
+        plan_key: str | None = None,
+        say: Callable[[str], None],
     ) -> None:
         """Store a finished stage under its key, as soon as there is room for it.
 
@@ -97,6 +112,8 @@ class StageStore:
             result: Its numbers, with the key.
             plan: What was done so far.
             model: The model.
+            plan_key: Hash of all that made it but the ratio that was asked for, with the sizes of the layers
+                that were chosen in its place: another ratio may lead to the same ones.
             say: Tells the user of a full disk.
         """
 
@@ -105,6 +122,8 @@ class StageStore:
                 plan.save(folder / PLAN)
                 save_weights(model, folder / WEIGHTS)
                 seal(folder, result.to_dict())
+            if plan_key is not None:
+                write_text_atomically(self.workspace.plans / plan_key, result.key)
 
         write_when_there_is_room(write, self.workspace.root, say=say)
 

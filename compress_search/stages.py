@@ -3,6 +3,7 @@
 A stage's key is the hash of everything that made it: the original model, the data, the seed, its own
 settings, and the key of the stage before. A stage whose key is in the store is not computed again, whichever
 trial, process or study computed it. That one mechanism gives reuse between trials and resume after a crash.
+Two ratios may lead to the same sizes of all layers: then the stage of the second one is that of the first.
 While a process computes a stage it holds a lease on it, so that others wait for the result.
 """
 
@@ -225,19 +226,24 @@ class StageRunner:
         before: StageResult,
         model: nn.Module,
         after_epoch: AfterEpoch | None,
-    ) -> tuple[StageResult, nn.Module]:
+    ) -> tuple[StageResult, nn.Module | None]:
         started = time.monotonic()
         plan = self._store.plan(before.key)
         if isinstance(stage, Compress):
             analysis, sizes = self._choose_sizes(stage, model, plan)
+            plan_key = _plan_key(before, stage, sizes)
+            if (same := self._store.find_same(plan_key)) is not None:
+                return dataclasses.replace(same, reused=True), None
             if stage.per_layer_fine_tune is not None:
-                return self._compute_layer_by_layer(stage, key, plan, analysis, sizes, started=started)
+                return self._compute_layer_by_layer(
+                    stage, key, plan_key, plan, analysis, sizes, started=started
+                )
             compressed = apply(analysis, sizes, self._calibration_inputs(stage.samples))
             changed, plan = compressed.model, plan.then(compressed.step)
         else:
-            changed = copy.deepcopy(model)
+            changed, plan_key = copy.deepcopy(model), None
             self._trainer.train(changed, self._original, stage, key, after_epoch=after_epoch)
-        result = self._finish(key, stage.name, plan, changed, started=started)
+        result = self._finish(key, stage.name, plan, changed, started=started, plan_key=plan_key)
         self._trainer.forget(key)
         return result, changed
 
@@ -245,6 +251,7 @@ class StageRunner:
         self,
         stage: Compress,
         key: str,
+        plan_key: str,
         plan: CompressionPlan,
         analysis: Analysis,
         sizes: Sizes,
@@ -271,6 +278,7 @@ class StageRunner:
             plan.then(tuned.step),
             tuned.model,
             started=started - tuned.seconds_before,
+            plan_key=plan_key,
             accuracy=tuned.accuracy,
         )
         layers.forget()
@@ -307,6 +315,7 @@ class StageRunner:
         model: nn.Module,
         *,
         started: float,
+        plan_key: str | None = None,
         accuracy: float | None = None,
     ) -> StageResult:
         """Measure a model and store it as the outcome of a stage; its accuracy may be known already."""
@@ -321,7 +330,7 @@ class StageRunner:
             mac_ratio=profile.macs / original_macs,
             seconds=time.monotonic() - started,
         )
-        self._store.save(result, plan, model, say=self._progress.say)
+        self._store.save(result, plan, model, plan_key=plan_key, say=self._progress.say)
         return result
 
     def _calibration_inputs(self, samples: int) -> list[Tensor]:
@@ -335,6 +344,12 @@ class StageRunner:
 
 def _key(before: StageResult, stage: Stage) -> str:
     return content_hash({"before": before.key, "stage": stage_to_dict(stage)})
+
+
+def _plan_key(before: StageResult, stage: Compress, sizes: Sizes) -> str:
+    """Hash of all that makes a compressing stage's model: the sizes that were chosen, not the ratio."""
+    settings = {name: value for name, value in stage_to_dict(stage).items() if name != "mac_ratio"}
+    return content_hash({"before": before.key, "stage": settings, "sizes": dict(sizes)})
 
 
 def _name_of(function: Any) -> str:

@@ -7,6 +7,7 @@ Layout::
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
       checkpoints/<key>/       one fine-tuning that is not finished
       stages/<key>.lease      somebody computes this stage now
+      plans/<key>              the key of the stage that has these sizes of the layers
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
@@ -76,6 +77,11 @@ class Workspace:
     def checkpoints(self) -> Path:
         """The folder of all fine-tunings that are not finished, a folder of checkpoints each, by key."""
         return self.root / "checkpoints"
+
+    @property
+    def plans(self) -> Path:
+        """The folder of what tells stages that were asked for other ratios and got the same sizes."""
+        return self.root / "plans"
 
     @property
     def tables(self) -> Path:

@@ -166,7 +166,7 @@ def test_all_faults_of_what_is_searched_come_together(write: Write) -> None:
         "fine_tune.lr.lwo is not a known key; did you mean fine_tune.lr.low?",
         "fine_tune.lr.low is missing.",
         "fine_tune.epochs.low is 'a'; it must be a number.",
-        "target is {'low': 0.3, 'high': 0.5}; it must be a number.",
+        "target is {'low': 0.3, 'high': 0.5}; it must be a number or a list of 2 items.",
         "per_layer_fine_tune.epochs is {'low': 1, 'high': 2}; it must be a whole number.",
         "step is 7.0; it must be in (0, 1), for example 0.05.",
         "samples has low 64 and high 8; low must be less than high.",

@@ -28,6 +28,7 @@ ORDER = (
     "task",
     "recipe",
     "accuracy_scale",
+    "target",
     "results",
     "progress",
     "linear_algebra",

@@ -90,6 +90,44 @@ def test_finished_stages_are_reused_by_any_later_run(runner):
     assert [result.reused for result in runner().run(other_end)] == [True, True, True, False]
 
 
+def changed(recipe, position, **changes):
+    stages = list(recipe.stages)
+    stages[position] = dataclasses.replace(stages[position], **changes)
+    return Recipe(tuple(stages))
+
+
+@pytest.mark.parametrize("position", [0, 2])
+@pytest.mark.parametrize("tuning", [None, FineTune(epochs=1)])
+def test_other_ratios_that_lead_to_the_same_sizes_are_not_computed_again(runner, position, tuning):
+    first = changed(RECIPE, position, per_layer_fine_tune=tuning)
+    ratio = first.stages[position].mac_ratio
+    nearly = changed(first, position, mac_ratio=ratio + 1e-4)
+    smaller = changed(first, position, mac_ratio=ratio / 2)
+    found, again, other = (runner().run(recipe) for recipe in (first, nearly, smaller))
+    assert [dataclasses.replace(result, reused=False) for result in again] == list(found)
+    assert all(result.reused for result in again)
+    assert [result.reused for result in other] == [index < position for index in range(4)]
+    assert other[position].macs < found[position].macs
+    # What the sizes follow from decides alone: the settings beside the ratio are compared as they are.
+    samples = runner().run(changed(nearly, position, samples=16))
+    assert not samples[position].reused
+
+
+def test_a_note_of_the_same_sizes_that_is_damaged_or_without_its_stage_is_of_no_harm(runner, tmp_path):
+    first = runner().run(RECIPE)
+    nearly = changed(RECIPE, 2, mac_ratio=0.7001)
+    notes = sorted((tmp_path / "work" / "plans").iterdir())
+    assert len(notes) == 2
+    for text in ("../study.db", "0123456789abcdef0123"):
+        for note in notes:
+            note.write_text(text)
+        shutil.rmtree(tmp_path / "work" / "stages" / first[2].key, ignore_errors=True)
+        again = runner().run(nearly)
+        assert [result.accuracy for result in again] == [result.accuracy for result in first]
+        assert not again[2].reused
+        shutil.rmtree(tmp_path / "work" / "stages" / again[2].key)
+
+
 def test_a_full_disk_is_waited_out(runner, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="compress_search")
     recipe = Recipe((*RECIPE.stages[:2], dataclasses.replace(RECIPE.stages[2], selection="optimal")))

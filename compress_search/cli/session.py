@@ -21,7 +21,12 @@ def search_and_answer(config: StudyConfig) -> int:
     """
 
     def search(study: CompressionStudy, progress: Progress) -> None:
-        study.optimize(config.n_trials, checkpoint_seconds=config.checkpoint_seconds, progress=progress)
+        study.optimize(
+            config.n_trials,
+            stop_when=config.stop_when,
+            checkpoint_seconds=config.checkpoint_seconds,
+            progress=progress,
+        )
 
     return work_and_answer(config, search)
 

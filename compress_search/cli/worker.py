@@ -49,7 +49,10 @@ def main(args: argparse.Namespace) -> int:
             device=config.device,
         )
         study.optimize(
-            config.n_trials, checkpoint_seconds=config.checkpoint_seconds, progress=Progress(console)
+            config.n_trials,
+            stop_when=config.stop_when,
+            checkpoint_seconds=config.checkpoint_seconds,
+            progress=Progress(console),
         )
     return 0
 

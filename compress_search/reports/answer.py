@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import ratio, short_count
-from compress_search.reports.target import target_text
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
+from compress_search.target import excess, target_text
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def why_no_answer(front: ParetoFront) -> str:
             "There are trials in the band, but none was chosen: none keeps the accuracy that was asked for. "
             "Allow a larger drop (max_drop), or run more trials."
         )
-    nearest = min(complete, key=lambda c: max(low - (c.mac_ratio or 0.0), (c.mac_ratio or 0.0) - high))
+    nearest = min(complete, key=lambda c: excess(c.mac_ratio or 0.0, front.target, front.tolerance))
     return (
         f"No complete trial has a mac_ratio in the band from {low:.4g} to {high:.4g}; the nearest is trial "
         f"{nearest.number} at {ratio(nearest.mac_ratio)}. Run more trials, or widen the tolerance."

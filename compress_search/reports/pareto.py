@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.figure_look import Fact
 from compress_search.reports.formatting import count, duration, ratio
-from compress_search.reports.target import Interval, target_ends
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
+from compress_search.target import Interval, target_ends
 
 _MARGIN = 0.05
 

@@ -24,8 +24,8 @@ from compress_search.reports.figure_look import (
     hover,
 )
 from compress_search.reports.pareto import ParetoPoint, lower_fence, pareto_data
-from compress_search.reports.target import Interval
 from compress_search.results import Candidate, ParetoFront
+from compress_search.target import Interval
 
 _POINTS_OF_A_CURVE = 41
 

@@ -10,8 +10,8 @@ from itertools import pairwise
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.methods import METHODS
 from compress_search.reports.formatting import technique
-from compress_search.reports.target import target_text
 from compress_search.results import Candidate, ParetoFront, StageResult
+from compress_search.target import target_text
 
 
 @dataclass(frozen=True)

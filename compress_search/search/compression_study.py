@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
 from compress_search.search.space import enqueue_anchors, trials_in_reach
 from compress_search.search.status import StudyStatus, status_of
+from compress_search.search.stop_when import StopWhen
 from compress_search.search.trial_history import TrialHistory, trial_history
 from compress_search.search.worker import run_trials
 from compress_search.stages import StageRunner
@@ -49,7 +51,7 @@ from compress_search.workspace import Workspace
 
 logger = logging.getLogger("compress_search")
 
-_WANTED, _TESTS = "n_trials", "test_scores"
+_WANTED, _STOP_WHEN, _TESTS = "n_trials", "stop_when", "test_scores"
 _FINALIST_EPOCHS = 30
 
 
@@ -112,6 +114,7 @@ class CompressionStudy:
         n_trials: int,
         *,
         timeout: float | None = None,
+        stop_when: StopWhen | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         progress: Progress | None = None,
     ) -> None:
@@ -121,11 +124,14 @@ class CompressionStudy:
             n_trials: The study's total. A study that has as many does nothing, and a grid ends with its
                 last point.
             timeout: No trial is begun after so many seconds.
+            stop_when: No trial is begun once a candidate is as good as this. A study that has one does
+                nothing.
             checkpoint_seconds: A fine-tuning leaves a checkpoint so often, and after each epoch; what a
                 process that is killed had done since then is done again.
             progress: Where to show it; bars on a terminal by default.
 
         Raises:
+            ConfigError: No feasible candidate can be what ``stop_when`` asks for.
             StudyError: The study was loaded without its task, the first trials all failed alike, or the
                 database failed.
             KeyboardInterrupt: Ctrl-C or SIGTERM. A fine-tuning finishes its step and leaves a checkpoint
@@ -135,11 +141,20 @@ class CompressionStudy:
             raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
         self._needed_task("optimize")
         n_trials = trials_in_reach(self.settings, n_trials)
+        if stop_when is not None:
+            stop_when.check(self.settings)
         self.optuna_study.set_user_attr(_WANTED, n_trials)
+        self.optuna_study.set_user_attr(_STOP_WHEN, None if stop_when is None else asdict(stop_when))
         with claiming(self.optuna_study):
             # Two processes that begin at the same time would both find that none is queued.
             enqueue_anchors(self.optuna_study, self.settings)
-        self._run(n_trials, timeout=timeout, checkpoint_seconds=checkpoint_seconds, progress=progress)
+        self._run(
+            n_trials,
+            timeout=timeout,
+            stop_when=stop_when,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=progress,
+        )
 
     def finalize(
         self,
@@ -214,14 +229,13 @@ class CompressionStudy:
 
     def status(self) -> StudyStatus:
         """Tell how far the study is."""
-        front = self.front()
+        stop_when = self.optuna_study.user_attrs.get(_STOP_WHEN)
         return status_of(
             self.optuna_study.get_trials(deepcopy=False),
             name=self.name,
-            target=self.settings.target,
-            reference=self.reference,
+            front=self.front(),
             wanted=self.optuna_study.user_attrs.get(_WANTED),
-            best=front.choose() if len(front) else None,
+            stop_when=None if stop_when is None else StopWhen(**stop_when),
             leases=lease_files(self.workspace.stages),
         )
 
@@ -348,6 +362,7 @@ class CompressionStudy:
         n_trials: int,
         *,
         timeout: float | None = None,
+        stop_when: StopWhen | None = None,
         checkpoint_seconds: float,
         progress: Progress | None,
     ) -> None:
@@ -366,8 +381,27 @@ class CompressionStudy:
         )
         objective = partial(run_trial, settings=self.settings, runner=runner, reference=self.reference)
         run_trials(
-            self.optuna_study, objective, n_trials=n_trials, timeout=timeout, progress=progress, stop=stop
+            self.optuna_study,
+            objective,
+            n_trials=n_trials,
+            timeout=timeout,
+            is_enough=None if stop_when is None else self._is_enough(stop_when),
+            progress=progress,
+            stop=stop,
         )
+
+    def _is_enough(self, stop_when: StopWhen) -> Callable[[Sequence[FrozenTrial]], bool]:
+        """Make the question whether a study's trials are enough; it says why, once."""
+        said: set[int] = set()
+
+        def is_enough(trials: Sequence[FrozenTrial]) -> bool:
+            met = stop_when.met_by(map(self._candidate, current_trials(trials)))
+            if met is not None and not said:
+                said.add(met.number)
+                logger.info("%s", stop_when.outlook([met]))
+            return met is not None
+
+        return is_enough
 
     def _candidate(self, trial: FrozenTrial) -> Candidate:
         return candidate_of(trial, self.workspace, None if self.task is None else self.task.build_model)

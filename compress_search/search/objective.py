@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 import optuna
@@ -13,6 +13,7 @@ from compress_search.results import Reference, StageResult
 from compress_search.search.history import EPOCHS, RECIPE, STAGES, is_finalist
 from compress_search.search.settings import SearchSettings
 from compress_search.search.space import Proposal, propose
+from compress_search.target import excess
 
 METRICS = ("accuracy", "mac_ratio")
 CONSTRAINT = "mac_ratio"
@@ -87,7 +88,7 @@ def run_trial(
         "mac_ratio": last.mac_ratio,
         "macs": last.macs,
         "params": last.params,
-        "achieved": achieved_ratios(proposal.recipe, finished, settings),
+        "achieved": achieved_ratios(proposal.recipe, finished, trial.params),
         "seconds": sum(stage.seconds for stage in finished if not stage.reused),
         "seconds_saved": sum(stage.seconds for stage in finished if stage.reused),
         "key": last.key,
@@ -95,20 +96,18 @@ def run_trial(
     for name, value in numbers.items():
         trial.set_user_attr(name, value)
     # Last, and on the only way out: a complete trial without its constraint would count as feasible.
-    trial.set_constraint(
-        CONSTRAINT, abs(last.mac_ratio - settings.target) / settings.target - settings.tolerance
-    )
+    trial.set_constraint(CONSTRAINT, excess(last.mac_ratio, settings.target, settings.tolerance))
     return last.accuracy, last.mac_ratio
 
 
 def achieved_ratios(
-    recipe: Recipe, results: Sequence[StageResult], settings: SearchSettings
+    recipe: Recipe, results: Sequence[StageResult], params: Container[str]
 ) -> Mapping[str, float]:
     """Return what each method achieved, by the name of its ratio: MACs after / MACs before its stage.
 
-    A method that was left out achieved 1.
+    A method whose ratio is among the trial's parameters and that was left out achieved 1.
     """
-    achieved = {METHODS[method].ratio_name: 1.0 for method in settings.methods}
+    achieved = {method.ratio_name: 1.0 for method in METHODS.values() if method.ratio_name in params}
     before = 1.0
     for stage, result in zip(recipe.stages, results, strict=True):
         if isinstance(stage, Compress):

@@ -26,8 +26,13 @@ from compress_search.search.variables import (
     variable_to_dict,
 )
 from compress_search.selection import SELECTORS
+from compress_search.target import Target, band_of, target_ends
 
 _MOST_METHODS = 2
+METHOD_CHOICE = "methods"
+"""The one variable that decides which ratios there are."""
+_AND_THEN = "+"
+"""Joins the names of methods where they are a choice of the search."""
 
 TUNINGS = ("fine_tune", "final_fine_tune")
 """The settings whose own fields can be searched, under names such as ``fine_tune.lr``."""
@@ -38,7 +43,8 @@ class SearchSettings:
     """How to search. Two studies with equal settings, task and seed propose the same trials.
 
     Attributes:
-        target: MACs to keep / MACs of the original model, in (0, 1).
+        target: MACs to keep / MACs of the original model, in (0, 1). Two of them, the lowest and the highest,
+            ask for the whole front between them: then every trial chooses a target of its own.
         tolerance: How far a feasible candidate may be from the target, relative to it (0.02 is 2 %).
         methods: One or two compression methods in the order in which they are applied, keys of
             :data:`compress_search.methods.METHODS`. The last one brings the model to the target.
@@ -62,7 +68,8 @@ class SearchSettings:
         final_fine_tune: The last fine-tuning of a trial; ``None`` is as ``fine_tune``.
         variables: Settings for which every trial chooses a value, in place of the one above, by their names:
             ``"fine_tune.lr"``, ``"final_fine_tune.epochs"``, ``"selection"``. Those of ``fine_tune`` are the
-            last fine-tuning's too, unless ``final_fine_tune`` is given.
+            last fine-tuning's too, unless ``final_fine_tune`` is given. The choices of ``"methods"`` are
+            texts, such as ``"weight_svd+channel_pruning"`` and ``"channel_pruning"``.
         step: Step of the grid of the first method's ratio. Trials with the same ratio share the first
             method's compression and fine-tuning.
         max_drop_after_ssvd: A trial whose accuracy after the first method and its fine-tuning is lower
@@ -70,11 +77,11 @@ class SearchSettings:
         sampler: How points are proposed, a key of :data:`compress_search.search.sampler.SAMPLERS`.
         grid: For the ``grid`` sampler: the ratios to try, by the methods' ratio names. Every combination is
             tried once, in the order of the lists, and nothing else. Without a list for the last method it
-            gets what is missing to the target; with one the target only judges.
+            gets what is missing to the target, which has to be one; with one the target only judges.
         seed: Fixes the proposals, the calibration samples and the fine-tuning.
     """
 
-    target: float
+    target: Target
     tolerance: float = 0.02
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning")
     selection: str = "optimal"
@@ -99,6 +106,10 @@ class SearchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # JSON has no tuples.
+        target: Any = self.target
+        if isinstance(target, list):
+            object.__setattr__(self, "target", tuple(target))
         if faults := _faults_of(self):
             raise ConfigError(faults, source="search settings")
         object.__setattr__(self, "keep_channels", sorted_channels(self.keep_channels))
@@ -113,7 +124,7 @@ class SearchSettings:
         """
         group, _, name_in_group = name.rpartition(".")
         if not group:
-            return getattr(self, name)
+            return _AND_THEN.join(self.methods) if name == METHOD_CHOICE else getattr(self, name)
         tuning = self.final_fine_tune if group == "final_fine_tune" else None
         return getattr(tuning or self.fine_tune, name_in_group)
 
@@ -127,14 +138,25 @@ class SearchSettings:
             {name.rpartition(".")[2]: value for name, value in values.items() if name.rpartition(".")[0] == g}
             for g in ("", *TUNINGS)
         )
+        own = _as_settings(own)
         tuning, final = dataclasses.replace(self.fine_tune, **first), self.final_fine_tune
         if last:
             final = dataclasses.replace(tuning if final is None else final, **last)
         return dataclasses.replace(self, **own, fine_tune=tuning, final_fine_tune=final, variables={})
 
+    def of_methods(self, methods: str) -> SearchSettings:
+        """Return the settings with one of the choices of ``methods``; everything else is left to search.
+
+        Args:
+            methods: Such as ``"weight_svd+channel_pruning"``.
+        """
+        others = {name: variable for name, variable in self.variables.items() if name != METHOD_CHOICE}
+        return dataclasses.replace(self, **_as_settings({METHOD_CHOICE: methods}), variables=others)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values."""
         return dataclasses.asdict(self) | {
+            "target": list(self.target) if isinstance(self.target, tuple) else self.target,
             "methods": list(self.methods),
             "ignore": list(self.ignore),
             "keep_channels": {name: list(channels) for name, channels in self.keep_channels.items()},
@@ -170,7 +192,16 @@ def searchable() -> Mapping[str, frozenset[type]]:
     stages = [item.name for item in dataclasses.fields(Compress) if item.name in own]
     hints = {name: own[name] for name in stages}
     hints |= {f"{group}.{name}": hint for group in TUNINGS for name, hint in of_tuning.items()}
-    return {name: types for name, hint in hints.items() if (types := scalar_types(hint))}
+    found = {name: types for name, hint in hints.items() if (types := scalar_types(hint))}
+    return {**found, METHOD_CHOICE: frozenset({str})}
+
+
+def _as_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn values of variables into those of the settings of these names."""
+    settings = dict(values)
+    if METHOD_CHOICE in settings:
+        settings[METHOD_CHOICE] = tuple(settings[METHOD_CHOICE].split(_AND_THEN))
+    return settings
 
 
 def _fine_tune_of(value: Mapping[str, Any] | None) -> FineTune | None:
@@ -180,7 +211,6 @@ def _fine_tune_of(value: Mapping[str, Any] | None) -> FineTune | None:
 def _faults_of(settings: SearchSettings) -> list[str]:
     s = settings
     checks = (
-        ("target", s.target, 0 < s.target < 1, "in (0, 1): the share of the MACs to keep (0.5 keeps half)"),
         ("step", s.step, 0 < s.step < 1, "in (0, 1), for example 0.05"),
         (
             "max_drop_after_ssvd",
@@ -191,8 +221,8 @@ def _faults_of(settings: SearchSettings) -> list[str]:
         ("seed", s.seed, s.seed >= 0, "0 or more"),
     )
     faults = [f"{name} is {value!r}; it must be {what}." for name, value, good, what in checks if not good]
-    faults += _tolerance_faults(s)
-    faults += compress_faults(s)
+    aim = _target_faults(s.target)
+    faults = aim + faults + _tolerance_faults(s.tolerance, None if aim else s.target) + compress_faults(s)
     if not 1 <= len(s.methods) <= _MOST_METHODS:
         faults.append(f"methods has {len(s.methods)} names; give one or two of: {', '.join(METHODS)}.")
     faults += [f"methods names {name!r} twice." for name in sorted({*s.methods}) if s.methods.count(name) > 1]
@@ -205,7 +235,8 @@ def _faults_of(settings: SearchSettings) -> list[str]:
             f"sampler is {s.sampler!r}, which needs {package}: pip install {package}, or choose tpe, which "
             "needs nothing."
         )
-    return faults + _grid_faults(s) + _variables_faults(s)
+    # Points are judged by the target, which has to be sound for that.
+    return faults + ([] if aim else _grid_faults(s)) + _variables_faults(s)
 
 
 def _grid_faults(settings: SearchSettings) -> list[str]:
@@ -250,8 +281,14 @@ def _faults_of_ratios(name: str, ratios: Any) -> list[str]:
 def _faults_of_points(settings: SearchSettings, names: Sequence[str]) -> list[str]:
     first, last = settings.grid[names[0]], settings.grid.get(names[-1])
     if last is None:
+        if isinstance(settings.target, tuple):
+            return [
+                f"grid has no {names[-1]}, but what is missing to a target that is a range, "
+                f"{list(settings.target)}, is not one ratio. List the ratios of {names[-1]} too, or give one "
+                "target."
+            ]
         # Of what is less than the target nothing may be removed, so that it can only end beside it.
-        low = settings.target * (1 - settings.tolerance)
+        low, _ = band_of(settings.target, settings.tolerance)
         if less := [ratio for ratio in first if ratio < low]:
             return [
                 f"grid.{names[0]} has {', '.join(map(repr, less))}, less than the target {settings.target!r} "
@@ -297,7 +334,7 @@ def _faults_of_values(
     group, _, name_in_group = name.rpartition(".")
     faults = []
     for value in ends(variable):
-        changes = {name_in_group: typed(value, types)}
+        changes = _as_settings({name_in_group: typed(value, types)})
         try:
             if not group:
                 # Beside sound settings: the faults of the others are told by themselves.
@@ -312,20 +349,47 @@ def _faults_of_values(
     return list(dict.fromkeys(faults))
 
 
-def _tolerance_faults(settings: SearchSettings) -> list[str]:
-    target, tolerance = settings.target, settings.tolerance
+def _target_faults(target: Any) -> list[str]:
+    ends = target if isinstance(target, tuple) else (target,)
+    if not ends or not all(map(_is_share, ends)):
+        what = (
+            "in (0, 1): the share of the MACs to keep (0.5 keeps half), or the lowest and the highest of a "
+            "range, such as [0.3, 0.8]"
+        )
+    elif isinstance(target, tuple) and not (len(ends) == 2 and ends[0] < ends[1]):
+        what = (
+            "the lowest ratio of a range and then the highest, such as [0.3, 0.8], or a single ratio "
+            "without brackets"
+        )
+    else:
+        return []
+    return [f"target is {_written(target)}; it must be {what}."]
+
+
+def _tolerance_faults(tolerance: float, target: Target | None) -> list[str]:
+    """Say what is wrong with the tolerance; ``None`` stands for a target that is wrong itself."""
     if not tolerance > 0:
         return [
             f"tolerance is {tolerance!r}, which leaves no room: sizes are whole numbers, so a target is met "
             "only nearly. Give a positive share of the target, for example 0.02."
         ]
-    most = min(1.0, 1 / target - 1) if 0 < target < 1 else 1.0
+    most = 1.0 if target is None else min(1.0, 1 / target_ends(target)[1] - 1)
     if not tolerance < most:
+        around = "" if target is None else f" {_written(target)}"
         return [
-            f"tolerance is {tolerance!r}, so that the band around the target {target!r} leaves (0, 1). "
+            f"tolerance is {tolerance!r}, so that the band around the target{around} leaves (0, 1). "
             f"Give less than {most:.4g}, for example 0.02."
         ]
     return []
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+
+
+def _written(target: Any) -> str:
+    """A target as it stands in a YAML file."""
+    return repr(list(target) if isinstance(target, tuple) else target)
 
 
 def _unknown(field: str, name: str, table: Collection[str]) -> list[str]:

@@ -12,9 +12,19 @@ from optuna.trial import FrozenTrial, TrialState
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.leases import LeaseFile
 from compress_search.reports.trials import StageTime, stage_names, stage_times
-from compress_search.results import Candidate, Reference, StageResult, format_param, param_names
+from compress_search.results import (
+    Candidate,
+    ParetoFront,
+    Reference,
+    StageResult,
+    format_candidates,
+    format_param,
+    param_names,
+)
 from compress_search.search.candidates import STATES
 from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials, is_finalist
+from compress_search.search.stop_when import StopWhen
+from compress_search.target import Target, target_text
 from compress_search.worker_process import Worker
 
 
@@ -24,28 +34,32 @@ class StudyStatus:
 
     Attributes:
         name: Of the study.
-        target: The wanted ``mac_ratio``.
+        target: The wanted ``mac_ratio``, or the lowest and the highest of a range.
         reference: The original model.
         wanted: Total number of finished trials that was last asked for; ``None`` if it never ran.
+        stop_when: What was asked for that ends it sooner, in words; ``None`` for nothing.
         counts: Number of trials by state. Those that a retry stands in for are not counted, nor finalists.
         finalists: Number of finalists by state.
         running: Per running trial, its number and its finished stages.
         abandoned: The numbers of those whose process ran on this machine and is gone.
         best: The most accurate feasible candidate so far, if there is one.
+        front: The candidates on the front so far, from the fewest MACs to the most.
         stages: What each kind of stage cost, and what reuse saved. Trials that were interrupted count too.
         computing: The stages that processes of this study compute now, or wait for, a sentence each.
         n_interrupted: Number of trials that were stopped from outside.
     """
 
     name: str
-    target: float
+    target: Target
     reference: Reference
     wanted: int | None
+    stop_when: str | None
     counts: Mapping[str, int]
     finalists: Mapping[str, int]
     running: Mapping[int, tuple[str, ...]]
     abandoned: tuple[int, ...]
     best: Candidate | None
+    front: tuple[Candidate, ...]
     stages: tuple[StageTime, ...]
     computing: tuple[str, ...]
     n_interrupted: int
@@ -100,7 +114,11 @@ class StudyStatus:
         lines += self.computing
         original = self._scale.accuracy(self.reference.accuracy)
         lines.append(f"Original: accuracy {original}, {self.reference.macs:,} MACs.")
+        if self.stop_when is not None:
+            lines.append(self.stop_when)
         lines.append(self._best_line())
+        if isinstance(self.target, tuple) and self.front:
+            lines.append(f"Front so far:\n{format_candidates(self.front)}")
         lines += self._stage_lines()
         return "\n".join(lines)
 
@@ -127,7 +145,7 @@ class StudyStatus:
 
     def _best_line(self) -> str:
         if self.best is None:
-            return f"Best so far: none is feasible at the target {self.target:g}."
+            return f"Best so far: none is feasible at the target {target_text(self.target)}."
         params = ", ".join(
             f"{name} {format_param(self.best.params[name])}" for name in param_names([self.best])
         )
@@ -142,10 +160,9 @@ def status_of(
     trials: Sequence[FrozenTrial],
     *,
     name: str,
-    target: float,
-    reference: Reference,
+    front: ParetoFront,
     wanted: int | None,
-    best: Candidate | None,
+    stop_when: StopWhen | None = None,
     leases: Sequence[LeaseFile] = (),
 ) -> StudyStatus:
     """Work out how far a study is.
@@ -153,10 +170,9 @@ def status_of(
     Args:
         trials: All its trials.
         name: See :class:`StudyStatus`, also for the others.
-        target: The wanted ratio.
-        reference: The original model.
+        front: Its candidates.
         wanted: The total asked for.
-        best: The best candidate.
+        stop_when: What ends it sooner.
         leases: Who computes which stage of the workspace.
     """
     current = current_trials(trials)
@@ -164,9 +180,10 @@ def status_of(
     counted = Counter(STATES[trial.state] for trial in current if not is_finalist(trial))
     return StudyStatus(
         name=name,
-        target=target,
-        reference=reference,
+        target=front.target,
+        reference=front.reference,
         wanted=wanted,
+        stop_when=None if stop_when is None else stop_when.outlook(front.candidates),
         counts={state: counted[state] for state in STATES.values()},
         finalists=Counter(STATES[trial.state] for trial in current if is_finalist(trial)),
         running={trial.number: tuple(stage_names(_stages_of(trial))) for trial in running},
@@ -175,7 +192,8 @@ def status_of(
             for trial in running
             if WORKER in trial.user_attrs and Worker(**trial.user_attrs[WORKER]).is_known_dead()
         ),
-        best=best,
+        best=front.choose() if len(front) else None,
+        front=front.best,
         # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
         stages=stage_times(map(_stages_of, trials)),
         computing=tuple(_computing(leases, running)),

@@ -40,14 +40,14 @@ from compress_search.workspace import Workspace
 
 __all__ = ["CompressionStudy", "TestScore", "create_study", "load_study"]
 
-_RESERVED_NAMES = ("stages", "tables", "checkpoints", "study.db")
+_RESERVED_NAMES = ("stages", "plans", "tables", "checkpoints", "study.db")
 
 
 def create_study(
     name: str,
     task: Task,
     *,
-    target: float,
+    target: float | tuple[float, float],
     tolerance: float = 0.02,
     methods: tuple[str, ...] = ("spatial_svd", "channel_pruning"),
     selection: str = "optimal",
@@ -82,7 +82,8 @@ def create_study(
     Args:
         name: Letters, digits and ``. _ -``.
         task: The model, its data and how to judge it.
-        target: MACs to keep / MACs of the original model, in (0, 1).
+        target: MACs to keep / MACs of the original model, in (0, 1); or the lowest and the highest of a
+            range, for the whole front between them.
         tolerance: See :class:`~compress_search.search.settings.SearchSettings`; the others too.
         methods: The compression methods, in order.
         selection: How each layer's size is chosen.

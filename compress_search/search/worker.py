@@ -10,13 +10,13 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from compress_search.exceptions import RatioError, StudyError
 from compress_search.progress import Progress
@@ -59,6 +59,7 @@ def run_trials(
     *,
     n_trials: int,
     timeout: float | None = None,
+    is_enough: Callable[[Sequence[FrozenTrial]], bool] | None = None,
     progress: Progress,
     stop: StopSwitch,
 ) -> None:
@@ -73,6 +74,7 @@ def run_trials(
         n_trials: Total number of finished (complete, pruned or failed) trials of the study; with 0 only
             finalists are run.
         timeout: No trial is begun after so many seconds.
+        is_enough: Is asked before each trial, with all that there are; if so, only finalists are run.
         progress: Where to show the trials.
         stop: Is told of signals.
 
@@ -83,7 +85,7 @@ def run_trials(
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         with stop.on_signals():
-            _run_trials(study, objective, n_trials, deadline, progress)
+            _run_trials(study, objective, n_trials, deadline, is_enough or _never, progress)
     except StorageInternalError as error:
         raise StudyError(
             f"The database of the study {study.study_name!r} failed: {error.__cause__ or error}. "
@@ -101,14 +103,26 @@ def run_trials(
         raise
 
 
+def _never(trials: Sequence[FrozenTrial]) -> bool:
+    return False
+
+
 def _run_trials(
-    study: optuna.Study, objective: Objective, n_trials: int, deadline: float | None, progress: Progress
+    study: optuna.Study,
+    objective: Objective,
+    n_trials: int,
+    deadline: float | None,
+    is_enough: Callable[[Sequence[FrozenTrial]], bool],
+    progress: Progress,
 ) -> None:
     with claiming(study):
         trials = recover(study)
     shown, finalists = len(finished_trials(trials)), len(pending_finalists(trials))
+    if is_enough(trials):
+        n_trials = 0
     if shown >= n_trials and not finalists:
-        logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
+        if n_trials:
+            logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
         return
     first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
     with progress.bar("trials", max(n_trials, shown) + finalists, done=shown) as advance:
@@ -117,6 +131,8 @@ def _run_trials(
             with claiming(study):
                 trials = recover(study)
                 finished, pending = len(finished_trials(trials)), pending_finalists(trials)
+                if is_enough(trials):
+                    n_trials = 0
                 running = sum(t.state == TrialState.RUNNING and not is_finalist(t) for t in trials)
                 is_over = finished >= n_trials and not pending
                 only_finalists = finished + running >= n_trials

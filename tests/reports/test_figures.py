@@ -20,10 +20,10 @@ from compress_search.reports.ratio_split import achieved_ratios, draw_ratio_spli
 from compress_search.reports.sensitivity import LOSSES, StageSensitivity, draw_heat_map, heat_map
 from compress_search.reports.stage_accuracy import draw_stage_accuracy, stage_accuracy_data
 from compress_search.reports.stage_time_bars import draw_stage_times
-from compress_search.reports.target import target_ends, target_text
 from compress_search.reports.trials import StageTime
 from compress_search.results import Candidate, ParetoFront, Reference, StageResult
 from compress_search.selection.table import Cell, SensitivityTable
+from compress_search.target import target_ends, target_text
 
 Make = Callable[..., Candidate]
 MakeFront = Callable[..., ParetoFront]

@@ -69,12 +69,11 @@ def test_the_anchor_of_one_method_is_the_target(make_settings):
     assert [anchor.ratio for anchor in anchors(settings)] == [0.5]
 
 
-def test_the_last_ratio_is_what_is_missing(make_settings):
-    settings = make_settings(tolerance=0.02)
-    assert last_ratio_range(settings, 0.8) == pytest.approx((0.495 / 0.8, 0.51 / 0.8))
-    assert last_ratio_range(settings, 0.8, exact=True) == (0.625, 0.625)
-    assert last_ratio_range(settings, 0.51) == (1.0, 1.0)
-    assert last_ratio_range(settings, 0.4, exact=True) == (1.0, 1.0)
+def test_the_last_ratio_is_what_is_missing():
+    assert last_ratio_range(0.5, 0.02, 0.8) == pytest.approx((0.495 / 0.8, 0.51 / 0.8))
+    assert last_ratio_range(0.5, 0.02, 0.8, exact=True) == (0.625, 0.625)
+    assert last_ratio_range(0.5, 0.02, 0.51) == (1.0, 1.0)
+    assert last_ratio_range(0.5, 0.02, 0.4, exact=True) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("anchor", ["spatial_svd only", "channel_pruning only", "equal ratios", "guidebook"])
