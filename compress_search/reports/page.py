@@ -17,10 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from compress_search.plain_text import duration
 from compress_search.reports.answer import answer_facts, summary_of, why_no_answer
 from compress_search.reports.figure_look import DARK, recoloured
 from compress_search.reports.figures import StudyFigure, study_figures
-from compress_search.reports.formatting import count, duration, ratio, stage_label
+from compress_search.reports.formatting import count, ratio, stage_label
 from compress_search.reports.frames import (
     layers_frame,
     sensitivity_frame,

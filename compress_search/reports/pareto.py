@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
+from compress_search.plain_text import duration
 from compress_search.reports.figure_look import Fact
-from compress_search.reports.formatting import count, duration, ratio
+from compress_search.reports.formatting import count, ratio
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
 from compress_search.target import Interval, target_ends
 

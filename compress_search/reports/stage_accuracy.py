@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from compress_search.accuracy_scale import AccuracyScale
+from compress_search.plain_text import duration
 from compress_search.reports.figure_look import (
     BLUE,
     GREY,
@@ -19,7 +20,7 @@ from compress_search.reports.figure_look import (
     common_layout,
     hover,
 )
-from compress_search.reports.formatting import duration, ratio, stage_label
+from compress_search.reports.formatting import ratio, stage_label
 from compress_search.reports.pareto import standings
 from compress_search.reports.trials import stage_names, stage_order
 from compress_search.results import Candidate, ParetoFront

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from compress_search.plain_text import duration
 from compress_search.reports.figure_look import BLUE, GREEN, LIGHT, Theme, common_axis, common_layout, hover
-from compress_search.reports.formatting import duration, stage_label
+from compress_search.reports.formatting import stage_label
 from compress_search.reports.trials import StageTime
 
 _UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
