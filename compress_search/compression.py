@@ -221,6 +221,15 @@ def sensitivity_table(analysis: Analysis, stage: Compress, source: TableSource) 
     return SensitivityTable(cells, fingerprint)
 
 
+def stored_table(analysis: Analysis, stage: Compress, source: TableSource) -> SensitivityTable:
+    """Read what :func:`sensitivity_table` has stored so far, and measure nothing; it may have no cells."""
+    fingerprint = fingerprint_of(analysis, stage)
+    known = {} if source.store is None else source.store.cells(_identity(fingerprint, stage, source))
+    units = {unit.name: place for place, unit in enumerate(analysis.units)}
+    cells = [cell for cell in known.values() if cell.unit in units]
+    return SensitivityTable(tuple(sorted(cells, key=lambda c: (units[c.unit], c.size))), fingerprint)
+
+
 def fingerprint_of(analysis: Analysis, stage: Compress) -> str:
     """Hash what a table's units and sizes depend on: the model, the method, and what is left alone."""
     left = {"ignore": list(stage.ignore), "keep_channels": stage.keep_channels}

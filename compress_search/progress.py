@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from compress_search.plain_text import duration
 
 logger = logging.getLogger("compress_search")
 
@@ -58,7 +59,7 @@ class Progress:
             nonlocal finished
             finished += 1
             left = (time.monotonic() - started) / (finished - done) * (total - finished)
-            logger.info("%s %d/%d: %s (about %s left)", what, finished, total, note, _duration(left))
+            logger.info("%s %d/%d: %s (about %s left)", what, finished, total, note, duration(max(0.0, left)))
 
         rich = self._live()
         if rich is None:
@@ -100,7 +101,3 @@ class Progress:
             )
             self._rich.start()
         return self._rich
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(max(0.0, seconds))))

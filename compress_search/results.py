@@ -13,6 +13,7 @@ from torch import nn
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.checkpoint import load_weights
 from compress_search.exceptions import PlanError, StudyError, WorkspaceError
+from compress_search.plain_text import format_table
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
 from compress_search.target import SPLIT, TARGET, Interval, Target, band_of
@@ -282,12 +283,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         ]
         for c in candidates
     ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [header, *rows]
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return format_table([header, *rows], right=header)
 
 
 def param_names(candidates: Iterable[Candidate]) -> list[str]:

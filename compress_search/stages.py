@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search.compression import TableSource, analyse, apply, choose_sizes
+from compress_search.compression import TableSource, analyse, apply, choose_sizes, stored_table
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.layer_by_layer import LayerByLayer
 from compress_search.leases import Leases
@@ -31,6 +31,8 @@ from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
 from compress_search.results import Reference, StageResult
+from compress_search.selection import SELECTORS
+from compress_search.selection.table import SensitivityTable
 from compress_search.selection.table_store import TableStore
 from compress_search.stage_store import StageStore
 from compress_search.stopping import StopSwitch
@@ -171,6 +173,34 @@ class StageRunner:
         analysis, sizes = self._choose_sizes(last, model, plan)
         return analysis.predict_macs(sizes) / self.original.macs
 
+    def stored_tables(
+        self, recipe: Recipe, results: Sequence[StageResult]
+    ) -> tuple[tuple[Compress, SensitivityTable], ...]:
+        """Read the sensitivity tables by which the sizes of finished stages were chosen; measure nothing.
+
+        Args:
+            recipe: The stages.
+            results: What the finished ones of them left, in order.
+
+        Returns:
+            Each compressing stage that has a table in the workspace, and the table.
+
+        Raises:
+            PlanError: A stage before is gone.
+            WorkspaceError: It is damaged.
+        """
+        tables = []
+        before = self.original
+        for stage, result in zip(recipe.stages, results, strict=False):
+            if isinstance(stage, Compress) and SELECTORS[stage.selection].needs_table:
+                model, plan = self._store.model(before.key, self._original), self._store.plan(before.key)
+                here = self._for_model(stage, plan)
+                table = stored_table(analyse(model, self._example, here), here, self._table_source(()))
+                if table.cells:
+                    tables.append((stage, table))
+            before = result
+        return tuple(tables)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the results depend on beside the recipe: fingerprints, names and the seed."""
@@ -257,19 +287,25 @@ class StageRunner:
     def _choose_sizes(
         self, stage: Compress, model: nn.Module, plan: CompressionPlan
     ) -> tuple[Analysis, Sizes]:
+        stage = self._for_model(stage, plan)
+        analysis = analyse(model, self._example, stage)
+        source = self._table_source(self._calibration_inputs(stage.samples))
+        return analysis, choose_sizes(analysis, stage, source)
+
+    def _for_model(self, stage: Compress, plan: CompressionPlan) -> Compress:
         # The user named channels of the original model; methods speak of the model that they are given.
         named = channels_to_keep(stage.keep_channels, self._original)
         kept = dict(plan.outputs_after(layer, channels) for layer, channels in named.items())
-        stage = dataclasses.replace(stage, keep_channels=kept)
-        analysis = analyse(model, self._example, stage)
-        source = TableSource(
-            self._calibration_inputs(stage.samples),
+        return dataclasses.replace(stage, keep_channels=kept)
+
+    def _table_source(self, calibration: Sequence[Tensor]) -> TableSource:
+        return TableSource(
+            calibration,
             data=content_hash({name: self.identity[name] for name in _TABLE_DEPENDS_ON}),
             score=self._task.score,
             store=self._tables,
             progress=self._progress,
         )
-        return analysis, choose_sizes(analysis, stage, source)
 
     def _finish(
         self,

@@ -13,6 +13,7 @@ import compress_search
 ORDER = (
     "exceptions",
     "html_table",
+    "plain_text",
     "workspace",
     "disk_space",
     "repeating",

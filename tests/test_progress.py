@@ -37,8 +37,8 @@ def test_every_unit_is_logged_with_the_time_left(logged, clock):
         clock[0] += 30
         advance("accuracy 0.95")
     assert logged.messages == [
-        "epochs 1/4: accuracy 0.9 (about 0:01:30 left)",
-        "epochs 2/4: accuracy 0.95 (about 0:01:00 left)",
+        "epochs 1/4: accuracy 0.9 (about 1 min 30 s left)",
+        "epochs 2/4: accuracy 0.95 (about 1 min 00 s left)",
     ]
 
 
@@ -46,7 +46,7 @@ def test_units_done_before_count_but_say_nothing_of_the_speed(logged, clock):
     with Progress().bar("trials", 10, done=7) as advance:
         clock[0] += 5
         advance("trial 7")
-    assert logged.messages == ["trials 8/10: trial 7 (about 0:00:10 left)"]
+    assert logged.messages == ["trials 8/10: trial 7 (about 10.0 s left)"]
 
 
 def test_without_a_terminal_nothing_is_drawn(logged):

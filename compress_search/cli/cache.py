@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress_search.cli.table import format_table
 from compress_search.exceptions import WorkspaceError
+from compress_search.plain_text import duration, format_table
 from compress_search.workspace import WORKSPACE_VARIABLE, Workspace, default_workspace
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
 
 def list_stages(args: argparse.Namespace) -> int:
     """Print what is stored."""
-    from compress_search.reports.formatting import byte_size, duration
+    from compress_search.reports.formatting import byte_size
 
     inventory = _inventory(args)
     if args.json:
@@ -278,8 +278,6 @@ def _short(item: Item) -> str:
 
 
 def _age(seconds: float) -> str:
-    from compress_search.reports.formatting import duration
-
     days = seconds / _DAY
     return f"{days:.0f} days" if days >= 2 else duration(max(0.0, seconds))
 

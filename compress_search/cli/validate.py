@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from compress_search.cli.table import format_table
+from compress_search.plain_text import format_table
 
 if TYPE_CHECKING:
     from compress_search.methods.method import Analysis

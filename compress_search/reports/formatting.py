@@ -30,19 +30,14 @@ def byte_size(value: int) -> str:
     return f"{value} B" if value < _THREE_DIGITS_OF_ONE * _PREFIXES[-1][0] else f"{short_count(value)}B"
 
 
-def duration(seconds: float) -> str:
-    """Write a time in seconds, minutes or hours, for example ``"4 min 05 s"``."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def technique(method: str) -> str:
     """Write a method's name for people, for example ``"spatial SVD"``."""
     return method.replace("_", " ").replace("svd", "SVD")
+
+
+def stage_label(name: str) -> str:
+    """Write a stage's name for people, for example ``"fine-tuning after spatial SVD"``."""
+    return technique(name.replace("fine_tune", "fine-tuning"))
 
 
 def _three_digits(value: float) -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
-from compress_search.reports.formatting import count, duration, ratio
+from compress_search.plain_text import duration
+from compress_search.reports.figure_look import Fact
+from compress_search.reports.formatting import count, ratio
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
 from compress_search.target import Interval, target_ends
 
-Fact = tuple[str, str]
+_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -109,20 +112,19 @@ class ParetoData:
 
     @property
     def zoomed(self) -> View:
-        """The view of the band and half its width on each side.
+        """The view of the band and half its width on each side, or 0.05 if that is less.
 
         It reaches down to the lowest point that is no outlier: one failed fine-tuning must not flatten all
         differences that matter. Points that are left out are counted, and the whole view has them.
         """
         low, high = self.band
-        margin = (high - low) / 2
+        margin = min((high - low) / 2, _MARGIN)
         x = (low - margin, high + margin)
         shown = sorted(p.accuracy for p in self.points if x[0] <= p.mac_ratio <= x[1])
         top = max([self.original_accuracy, *shown])
         bottom = min([self.original_accuracy, *shown])
-        if len(shown) > 1:
-            quartile = statistics.quantiles(shown, n=4, method="inclusive")[0]
-            fence = min([quartile - 2 * (top - quartile), *(p.accuracy for p in self.front)])
+        if shown:
+            fence = min([lower_fence(shown, top), *(p.accuracy for p in self.front)])
             bottom = min(self.original_accuracy, *(value for value in shown if value >= fence))
         return View(x, _padded(bottom, top), below=sum(value < bottom for value in shown))
 
@@ -153,6 +155,26 @@ def pareto_data(front: ParetoFront, *, chosen: Candidate | None = None) -> Paret
         chosen=None if chosen is None else chosen.number,
         scale=scale,
     )
+
+
+def standings(front: ParetoFront) -> dict[int, str]:
+    """Where each trial stands, by number: the status of its point, or its state if it has none."""
+    return {c.number: c.state for c in front.candidates} | {
+        point.number: point.status for point in pareto_data(front).points
+    }
+
+
+def lower_fence(accuracies: Sequence[float], top: float) -> float:
+    """The accuracy below which a trial is an outlier: thrice as far from ``top`` as the lower quartile.
+
+    Args:
+        accuracies: One or more.
+        top: The highest accuracy that matters.
+    """
+    if len(accuracies) < 2:
+        return min(accuracies)
+    quartile = statistics.quantiles(accuracies, n=4, method="inclusive")[0]
+    return quartile - 2 * (top - quartile)
 
 
 def _is_point(candidate: Candidate) -> bool:

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from compress_search.reports.figure_look import GREEN, PURPLE, VERMILION
 from compress_search.reports.pareto import ParetoData, View
-from compress_search.reports.pareto_look import GREEN, KINDS, PANELS, PURPLE, VERMILION, X_TITLE, remarks_on
+from compress_search.reports.pareto_look import KINDS, PANELS, X_TITLE, remarks_on
 from compress_search.workspace import write_bytes_atomically
 
 

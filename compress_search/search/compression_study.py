@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import optuna
+import pandas as pd
 import torch
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
-from compress_search.exceptions import StudyError, TaskError
+from compress_search.exceptions import PlanError, StudyError, TaskError, WorkspaceError
 from compress_search.export import ExportFiles, export_candidate
 from compress_search.leases import lease_files
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
+from compress_search.reports.figures import StudyFigure, study_figures
+from compress_search.reports.frames import layers_frame, sensitivity_frame, trials_frame
 from compress_search.reports.layers import LayerRow, layer_table
-from compress_search.reports.page import ReportFiles, write_report
+from compress_search.reports.page import Details, ReportFiles, write_report
+from compress_search.reports.sensitivity import LOSSES, StageSensitivity
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
 from compress_search.search.claims import claiming
@@ -271,26 +275,80 @@ class CompressionStudy:
         self.optuna_study.set_user_attr(_TESTS, scores)
         return TestScore(scores["original"], scores[str(candidate.number)])
 
-    def report(self, chosen: Candidate | None = None) -> ReportFiles:
-        """Write the report, the plots and the table of all candidates into :attr:`folder`.
+    def figures(self, chosen: Candidate | None = None) -> tuple[StudyFigure, ...]:
+        """Return the figures of the study, as its report shows them; ``draw()`` of each draws it.
 
         Args:
-            chosen: The model to ship; by default the most accurate feasible one, if there is one.
+            chosen: The candidate to mark; by default the most accurate feasible one, if there is one.
         """
         front = self.front()
         if chosen is None and len(front):
             chosen = front.choose()
-        test = None if chosen is None else self._stored_test(chosen)
-        exported = None if chosen is None else self._export_folder(chosen)
+        known = Details() if chosen is None else self._details_of(chosen)
+        return study_figures(front, chosen=chosen, layers=known.layers, sensitivities=known.sensitivities)
+
+    def report(self, chosen: Candidate | None = None, *, refresh: float | None = None) -> ReportFiles:
+        """Write the report, the plots and all tables into :attr:`folder`.
+
+        Args:
+            chosen: The model to ship; by default the most accurate feasible one, if there is one.
+            refresh: Make a page that reads itself again after so many seconds, while the study runs.
+        """
+        front = self.front()
+        if chosen is None and len(front):
+            chosen = front.choose()
         return write_report(
             self.folder,
             title=self.name,
             front=front,
             chosen=chosen,
-            test=None if test is None else (test.original, test.candidate),
-            layers=() if chosen is None else self._layers_of(chosen),
+            details=None if chosen is None else self._details_of(chosen),
             settings={"task": self.task_name, **self.settings.to_dict()},
-            export_folder=exported if exported is not None and exported.is_dir() else None,
+            refresh=refresh,
+        )
+
+    def trials_dataframe(self) -> pd.DataFrame:
+        """Return one row a trial; see :func:`compress_search.reports.frames.trials_frame` for the columns.
+
+        Accuracies and drops are as ``Task.evaluate`` gives them, ratios in (0, 1], times in seconds. What a
+        trial does not have is missing.
+        """
+        return trials_frame(self.front())
+
+    def layers_dataframe(self, trial: Candidate | int) -> pd.DataFrame:
+        """Return one row a layer of the original model, and what became of it in a trial.
+
+        Args:
+            trial: A complete one, or its number.
+
+        Returns:
+            See :func:`compress_search.reports.frames.layers_frame` for the columns. MACs are for one example.
+
+        Raises:
+            StudyError: There is no such trial, it did not complete, or the study was loaded without its task.
+            PlanError: Its plan is gone or damaged.
+            WorkspaceError: Its weights are.
+        """
+        return layers_frame(self._layers_of(self._numbered(trial), self._needed_task("layers_dataframe")))
+
+    def sensitivity_dataframe(self, trial: Candidate | int | None = None) -> pd.DataFrame:
+        """Return the stored tables by which a trial's sizes were chosen, one row a cell; measure nothing.
+
+        Args:
+            trial: A trial, or its number; by default the most accurate feasible one.
+
+        Returns:
+            See :func:`compress_search.reports.frames.sensitivity_frame` for the columns. Losses are in nats
+            per example, or drops of the score.
+
+        Raises:
+            StudyError: There is no such trial, or the study was loaded without its task.
+            PlanError: A stage of it is gone or damaged.
+            WorkspaceError: Its weights are.
+        """
+        candidate = self.best() if trial is None else self._numbered(trial)
+        return sensitivity_frame(
+            self._sensitivities_of(candidate, self._needed_task("sensitivity_dataframe"))
         )
 
     def export(self, candidate: Candidate, folder: Path | None = None) -> ExportFiles:
@@ -357,13 +415,52 @@ class CompressionStudy:
         number = str(candidate.number)
         return TestScore(scores["original"], scores[number]) if number in scores else None
 
-    def _layers_of(self, candidate: Candidate) -> tuple[LayerRow, ...]:
-        if self.task is None:
-            return ()
-        original, example = self.task.build_model(), self.task.example_input
+    def _numbered(self, trial: Candidate | int) -> Candidate:
+        number = trial if isinstance(trial, int) else trial.number
+        candidates = self.candidates()
+        for candidate in candidates:
+            if candidate.number == number:
+                return candidate
+        there = ", ".join(str(candidate.number) for candidate in candidates) or "none yet"
+        raise StudyError(f"The study {self.name!r} has no trial {number!r} that counts; these do: {there}.")
+
+    def _details_of(self, candidate: Candidate) -> Details:
+        """Gather what is known of a candidate; where its files are gone or damaged, say so instead."""
+        test, exported = self._stored_test(candidate), self._export_folder(candidate)
+        known = Details(
+            test=None if test is None else (test.original, test.candidate),
+            export_folder=exported if exported.is_dir() else None,
+        )
+        try:
+            candidate.plan  # noqa: B018
+            candidate.weights  # noqa: B018
+            if self.task is None:
+                return known
+            layers = self._layers_of(candidate, self.task)
+        except (PlanError, WorkspaceError) as error:
+            return replace(known, fault=str(error))
+        known = replace(known, layers=layers)
+        try:
+            return replace(known, sensitivities=self._sensitivities_of(candidate, self.task))
+        except (PlanError, WorkspaceError) as error:
+            # The model is whole; it is a stage on the way to it that is not.
+            logger.warning("The sensitivity of trial %d is not known: %s", candidate.number, error)
+            return known
+
+    def _layers_of(self, candidate: Candidate, task: Task) -> tuple[LayerRow, ...]:
+        original, example = task.build_model(), task.example_input
         compressed = candidate.load_model(original)
         return layer_table(
             candidate.plan, profile_model(original, example), profile_model(compressed, example)
+        )
+
+    def _sensitivities_of(self, candidate: Candidate, task: Task) -> tuple[StageSensitivity, ...]:
+        recipe = self.optuna_study.get_trials(deepcopy=False)[candidate.number].user_attrs.get(RECIPE, [])
+        tables = StageRunner(
+            task, self.workspace, seed=self.settings.seed, device=self.device, progress=Progress()
+        ).stored_tables(Recipe.from_dict(recipe), candidate.stages)
+        return tuple(
+            StageSensitivity(stage.method, LOSSES[stage.sensitivity], table) for stage, table in tables
         )
 
     def _export_folder(self, candidate: Candidate) -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.leases import LeaseFile
+from compress_search.plain_text import duration, format_table
 from compress_search.reports.trials import StageTime, stage_names, stage_times
 from compress_search.results import (
     Candidate,
@@ -127,15 +127,13 @@ class StudyStatus:
             return ["No stage is finished yet."]
         rows = [("stage", "computed", "time", "reused", "saved")]
         rows += [
-            (s.name, str(s.computed), _duration(s.seconds), str(s.reused), _duration(s.saved))
+            (s.name, str(s.computed), duration(s.seconds), str(s.reused), duration(s.saved))
             for s in self.stages
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         total = self.reused_stages + self.computed_stages
         return [
-            *lines,
-            f"Reused: {self.reused_stages} of {total} stages, which saved {_duration(self.seconds_saved)}: "
+            format_table(rows, right=rows[0][1:]),
+            f"Reused: {self.reused_stages} of {total} stages, which saved {duration(self.seconds_saved)}: "
             f"{100 * self.share_saved:.0f} % of what computing all of them takes.",
         ]
 
@@ -225,7 +223,3 @@ def _computing(leases: Iterable[LeaseFile], running: Iterable[FrozenTrial]) -> I
             who = [numbers.get(worker, str(worker)) for worker in lease.waiting]
             said += f"; {', '.join(who)} {'waits' if len(who) == 1 else 'wait'} for it"
         yield f"{said}."
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,5 +62,23 @@ def make_candidate() -> Callable[..., Candidate]:
 def make_front() -> Callable[..., ParetoFront]:
     def make(*candidates: Candidate, reference: Reference = REFERENCE) -> ParetoFront:
         return ParetoFront(candidates, reference, target=0.5, tolerance=0.02)
+
+    return make
+
+
+@pytest.fixture
+def many_trials() -> Callable[[int], ParetoFront]:
+    """Make a study of so many trials of all kinds, from values alone."""
+
+    def make(number: int) -> ParetoFront:
+        draw = random.Random(0)
+        candidates = []
+        for n in range(number):
+            state = ("complete",) * 8 + ("pruned", "failed")
+            ratio, accuracy = draw.uniform(0.48, 0.52), draw.uniform(0.9, 0.98)
+            kind = state[n % len(state)]
+            reason = None if kind == "complete" else f"trial {n} went wrong, as a sentence says here"
+            candidates.append(_candidate(n, ratio, accuracy, state=kind, reason=reason, reused=n % 3))
+        return ParetoFront(tuple(candidates), REFERENCE, target=0.5, tolerance=0.02)
 
     return make

@@ -6,7 +6,6 @@ from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import (
     byte_size,
     count,
-    duration,
     ratio,
     short_count,
     technique,
@@ -45,14 +44,6 @@ def test_short_count_has_three_digits_and_the_right_prefix(value: int, text: str
 )
 def test_bytes_have_three_digits_and_the_right_prefix(value: int, text: str) -> None:
     assert byte_size(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (245, "4 min 05 s"), (3_725, "1 h 02 min")],
-)
-def test_duration_never_shows_sixty_of_anything(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_shares_are_shown_in_per_cent_and_other_scores_as_they_are() -> None:

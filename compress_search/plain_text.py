@@ -1,8 +1,18 @@
-"""Plain tables for the terminal."""
+"""Times and tables as plain text, the same in the terminal, in logs and in reports."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+
+
+def duration(seconds: float) -> str:
+    """Write a time in seconds, minutes or hours, for example ``"4 min 05 s"``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> str:
