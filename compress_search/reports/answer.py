@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.reports.formatting import ratio, short_count
+from compress_search.reports.target import target_text
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
 
 
@@ -31,7 +32,7 @@ def summary_of(front: ParetoFront) -> str:
     finalists = Counter(c.state for c in front.candidates if c.finalist_of is not None)
     if finalists:
         found += f" Finalists: {', '.join(f'{number} {state}' for state, number in finalists.most_common())}."
-    return f"Target mac_ratio {front.target:.4g}, band {low:.4g} to {high:.4g}. {found}"
+    return f"Target mac_ratio {target_text(front.target)}, band {low:.4g} to {high:.4g}. {found}"
 
 
 def answer_facts(
@@ -62,7 +63,7 @@ def answer_facts(
                 f"original {scale.accuracy(original)}, drop {scale.drop(original - own)}",
             )
         )
-    facts.append(AnswerFact("mac_ratio", ratio(chosen.mac_ratio), f"target {front.target:.4g}"))
+    facts.append(AnswerFact("mac_ratio", ratio(chosen.mac_ratio), f"target {target_text(front.target)}"))
     if chosen.stages:
         last = chosen.stages[-1]
         facts += [
@@ -102,7 +103,7 @@ def why_no_answer(front: ParetoFront) -> str:
             "There are trials in the band, but none was chosen: none keeps the accuracy that was asked for. "
             "Allow a larger drop (max_drop), or run more trials."
         )
-    nearest = min(complete, key=lambda c: abs((c.mac_ratio or 0.0) - front.target))
+    nearest = min(complete, key=lambda c: max(low - (c.mac_ratio or 0.0), (c.mac_ratio or 0.0) - high))
     return (
         f"No complete trial has a mac_ratio in the band from {low:.4g} to {high:.4g}; the nearest is trial "
         f"{nearest.number} at {ratio(nearest.mac_ratio)}. Run more trials, or widen the tolerance."

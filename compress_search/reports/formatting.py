@@ -45,6 +45,11 @@ def technique(method: str) -> str:
     return method.replace("_", " ").replace("svd", "SVD")
 
 
+def stage_label(name: str) -> str:
+    """Write a stage's name for people, for example ``"fine-tuning after spatial SVD"``."""
+    return technique(name.replace("fine_tune", "fine-tuning"))
+
+
 def _three_digits(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}"

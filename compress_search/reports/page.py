@@ -18,10 +18,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from compress_search.reports.answer import answer_facts, summary_of, why_no_answer
+from compress_search.reports.figure_look import DARK, LIGHT
+from compress_search.reports.figures import StudyFigure, study_figures
 from compress_search.reports.formatting import count, duration, ratio
 from compress_search.reports.layers import LayerRow, total_row
 from compress_search.reports.pareto import ParetoData, pareto_data
-from compress_search.reports.pareto_interactive import draw_interactive
 from compress_search.reports.pareto_picture import draw_static
 from compress_search.reports.provenance import (
     PLAN_FILE,
@@ -83,8 +84,9 @@ def write_report(
         OSError: The folder cannot be written.
     """
     data = pareto_data(front, chosen=chosen)
-    common = {"title": title, "summary": summary_of(front), "figures": _figures(data)}
-    environment = _environment(data, front)
+    figures = study_figures(front, chosen=chosen, layers=layers if chosen is not None else ())
+    common = {"title": title, "summary": summary_of(front), "figures": _drawn(figures[0])}
+    environment = _environment(data)
     files = ReportFiles(
         *(folder / name for name in ("report.html", "front.html", "front.png", "candidates.csv"))
     )
@@ -114,7 +116,7 @@ def write_report(
     return files
 
 
-def _environment(data: ParetoData, front: ParetoFront) -> Environment:
+def _environment(data: ParetoData) -> Environment:
     environment = Environment(
         loader=PackageLoader("compress_search.reports"),
         autoescape=True,
@@ -136,20 +138,20 @@ def _environment(data: ParetoData, front: ParetoFront) -> Environment:
     return environment
 
 
-def _figures(data: ParetoData) -> Markup:
-    """The figure's data once, and its layout for wide and narrow, light and dark pages, as JSON."""
-    layouts = {
+def _drawn(figure: StudyFigure) -> Markup:
+    """A figure's data once, and its layout for wide and narrow, light and dark pages, as JSON."""
+    drawn = {
         place: {
-            theme: json.loads(
-                draw_interactive(data, stacked=place == "stacked", dark=theme == "dark").layout.to_json()
-            )
-            for theme in ("light", "dark")
+            name: json.loads(figure.draw(narrow=place == "narrow", theme=theme).to_json())
+            for name, theme in (("light", LIGHT), ("dark", DARK))
         }
-        for place in ("beside", "stacked")
+        for place in ("wide", "narrow")
     }
-    traces = json.loads(draw_interactive(data).to_json())["data"]
+    layouts = {
+        place: {theme: value["layout"] for theme, value in themes.items()} for place, themes in drawn.items()
+    }
     # A name that holds "</script>" must not end the element that the JSON stands in.
-    text = json.dumps({"data": traces, "layouts": layouts}).replace("<", "\\u003c")
+    text = json.dumps({"data": drawn["wide"]["light"]["data"], "layouts": layouts}).replace("<", "\\u003c")
     return Markup(text)
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress_search.accuracy_scale import AccuracyScale
+from compress_search.reports.figure_look import Fact
 from compress_search.reports.formatting import count, duration, ratio
+from compress_search.reports.target import Interval, target_ends
 from compress_search.results import Candidate, ParetoFront, format_param, param_names
 
-Fact = tuple[str, str]
-Interval = tuple[float, float]
+_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ParetoData:
         points: The complete trials, by number.
         original_accuracy: Of the original model, whose ``mac_ratio`` is 1.
         original_facts: What else is known of it.
-        target: The wanted ``mac_ratio``.
+        targets: The wanted ``mac_ratio``, or the lowest and the highest of a range.
         band: Lowest and highest feasible ``mac_ratio``.
         chosen: Number of the trial that was chosen, if one was.
         scale: How accuracies are shown.
@@ -78,7 +80,7 @@ class ParetoData:
     points: tuple[ParetoPoint, ...]
     original_accuracy: float
     original_facts: tuple[Fact, ...]
-    target: float
+    targets: tuple[float, ...]
     band: Interval
     chosen: int | None
     scale: AccuracyScale
@@ -109,20 +111,19 @@ class ParetoData:
 
     @property
     def zoomed(self) -> View:
-        """The view of the band and half its width on each side.
+        """The view of the band and half its width on each side, or 0.05 if that is less.
 
         It reaches down to the lowest point that is no outlier: one failed fine-tuning must not flatten all
         differences that matter. Points that are left out are counted, and the whole view has them.
         """
         low, high = self.band
-        margin = (high - low) / 2
+        margin = min((high - low) / 2, _MARGIN)
         x = (low - margin, high + margin)
         shown = sorted(p.accuracy for p in self.points if x[0] <= p.mac_ratio <= x[1])
         top = max([self.original_accuracy, *shown])
         bottom = min([self.original_accuracy, *shown])
-        if len(shown) > 1:
-            quartile = statistics.quantiles(shown, n=4, method="inclusive")[0]
-            fence = min([quartile - 2 * (top - quartile), *(p.accuracy for p in self.front)])
+        if shown:
+            fence = min([lower_fence(shown, top), *(p.accuracy for p in self.front)])
             bottom = min(self.original_accuracy, *(value for value in shown if value >= fence))
         return View(x, _padded(bottom, top), below=sum(value < bottom for value in shown))
 
@@ -148,11 +149,31 @@ def pareto_data(front: ParetoFront, *, chosen: Candidate | None = None) -> Paret
             ("MACs", count(reference.macs)),
             ("parameters", count(reference.params)),
         ),
-        target=front.target,
+        targets=tuple(dict.fromkeys(target_ends(front.target))),
         band=front.band,
         chosen=None if chosen is None else chosen.number,
         scale=scale,
     )
+
+
+def standings(front: ParetoFront) -> dict[int, str]:
+    """Where each trial stands, by number: the status of its point, or its state if it has none."""
+    return {c.number: c.state for c in front.candidates} | {
+        point.number: point.status for point in pareto_data(front).points
+    }
+
+
+def lower_fence(accuracies: Sequence[float], top: float) -> float:
+    """The accuracy below which a trial is an outlier: thrice as far from ``top`` as the lower quartile.
+
+    Args:
+        accuracies: One or more.
+        top: The highest accuracy that matters.
+    """
+    if len(accuracies) < 2:
+        return min(accuracies)
+    quartile = statistics.quantiles(accuracies, n=4, method="inclusive")[0]
+    return quartile - 2 * (top - quartile)
 
 
 def _is_point(candidate: Candidate) -> bool:

@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from compress_search.reports.formatting import ratio
-from compress_search.reports.pareto import Fact, ParetoData, View
-from compress_search.reports.pareto_look import (
+from compress_search.reports.figure_look import (
     GREEN,
-    KINDS,
-    PANELS,
+    LIGHT,
     PURPLE,
     VERMILION,
-    X_TITLE,
-    X_TITLE_SHORT,
-    remarks_on,
+    Theme,
+    common_axis,
+    common_layout,
+    hover,
+    note,
 )
+from compress_search.reports.formatting import ratio
+from compress_search.reports.pareto import ParetoData, View
+from compress_search.reports.pareto_look import KINDS, PANELS, X_TITLE, X_TITLE_SHORT, remarks_on
 
 
-def draw_interactive(data: ParetoData, *, stacked: bool = False, dark: bool = False) -> go.Figure:
+def draw_interactive(data: ParetoData, *, narrow: bool = False, theme: Theme = LIGHT) -> go.Figure:
     """Draw the front for a browser; hovering over a point shows everything that is known of it.
 
     Args:
         data: What to draw.
-        stacked: Put the panels above each other, for a narrow screen.
-        dark: Use light ink for a dark page. The data of the figure is the same either way.
+        narrow: Put the panels above each other, for a narrow screen.
+        theme: The page that it stands on. The data of the figure is the same on each.
     """
-    ink, grid = ("#E6E6E6", "#4A4A4A") if dark else ("#222222", "#DDDDDD")
     figure = go.Figure()
     for axis in ("", "2"):
         for trace in _traces(data, axis):
             figure.add_trace(trace)
     for axis, view, title in zip(("", "2"), (data.zoomed, data.whole), PANELS, strict=True):
-        figure.update_layout(_axes(data, axis, view, stacked=stacked, grid=grid))
-        figure.add_annotation(_note(axis, f"<b>{title}</b>", y=1.0, yanchor="bottom"))
+        figure.update_layout(_axes(data, axis, view, narrow=narrow, theme=theme))
+        figure.add_annotation(_note(axis, f"<b>{title}</b>", y=1.0))
         for shape in _target_shapes(data, axis):
             figure.add_shape(shape)
     for line, text in enumerate(remarks_on(data)):
-        figure.add_annotation(_note("", text, y=0.01 + 0.07 * line, yanchor="bottom"))
-    return figure.update_layout(
-        template="none",
-        height=980 if stacked else 520,
-        # A legend below takes two lines on a wide screen, and nine on a narrow one.
-        margin={"l": 64, "r": 16, "t": 56, "b": 310 if stacked else 110},
-        font={"color": ink, "family": "system-ui, sans-serif", "size": 13},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        hoverlabel={"align": "left"},
-        hovermode="closest",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": grid, "activecolor": ink},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-    )
+        figure.add_annotation(_note("", text, y=0.01 + 0.07 * line))
+    # A legend below takes two lines on a wide screen, and nine on a narrow one.
+    height, bottom = (980, 310) if narrow else (520, 110)
+    return figure.update_layout(common_layout(theme, height=height, bottom=bottom))
 
 
 def _traces(data: ParetoData, axis: str) -> list[go.Scatter]:
@@ -87,7 +76,7 @@ def _traces(data: ParetoData, axis: str) -> list[go.Scatter]:
                 mode="markers+text" if numbered else "markers",
                 text=[str(point.number) for point in points],
                 textposition="top left",
-                hovertext=[_hover(f"trial {p.number}, {p.status}", p.facts) for p in points],
+                hovertext=[hover(f"trial {p.number}, {p.status}", p.facts) for p in points],
                 hoverinfo="text",
                 marker={
                     "symbol": kind.symbol,
@@ -120,7 +109,7 @@ def _traces(data: ParetoData, axis: str) -> list[go.Scatter]:
                 x=[1.0],
                 y=[factor * data.original_accuracy],
                 mode="markers",
-                hovertext=[_hover("original model", (("mac_ratio", ratio(1.0)), *data.original_facts))],
+                hovertext=[hover("original model", (("mac_ratio", ratio(1.0)), *data.original_facts))],
                 hoverinfo="text",
                 marker={"symbol": "star", "size": 15, "color": PURPLE},
                 name="original model",
@@ -130,31 +119,25 @@ def _traces(data: ParetoData, axis: str) -> list[go.Scatter]:
     return traces
 
 
-def _axes(data: ParetoData, axis: str, view: View, *, stacked: bool, grid: str) -> dict[str, Any]:
+def _axes(data: ParetoData, axis: str, view: View, *, narrow: bool, theme: Theme) -> dict[str, Any]:
     first = not axis
-    if stacked:
+    if narrow:
         x_title, x_domain, y_domain = X_TITLE_SHORT, (0.0, 1.0), ((0.59, 1.0) if first else (0.0, 0.41))
     else:
         x_title = X_TITLE if first else X_TITLE_SHORT
         x_domain, y_domain = ((0.0, 0.56) if first else (0.66, 1.0)), (0.0, 1.0)
     factor = data.scale.factor
-    look = {"gridcolor": grid, "linecolor": grid, "zeroline": False, "showline": True, "mirror": True}
     return {
-        f"xaxis{axis}": {
-            **look,
-            "domain": x_domain,
-            "anchor": f"y{axis}",
-            "range": view.x,
-            "title": {"text": x_title, "standoff": 12},
-            "nticks": 7,
-        },
-        f"yaxis{axis}": {
-            **look,
-            "domain": y_domain,
-            "anchor": f"x{axis}",
-            "range": [factor * y for y in view.y],
-            "title": {"text": data.scale.axis_title},
-        },
+        f"xaxis{axis}": common_axis(
+            theme, x_title, domain=x_domain, anchor=f"y{axis}", range=view.x, nticks=7
+        ),
+        f"yaxis{axis}": common_axis(
+            theme,
+            data.scale.axis_title,
+            domain=y_domain,
+            anchor=f"x{axis}",
+            range=[factor * y for y in view.y],
+        ),
     }
 
 
@@ -174,15 +157,18 @@ def _target_shapes(data: ParetoData, axis: str) -> list[dict[str, Any]]:
             "name": f"band {low:.4g} to {high:.4g}",
             "showlegend": bool(axis),
         },
-        {
-            **vertical,
-            "type": "line",
-            "x0": data.target,
-            "x1": data.target,
-            "line": {"color": GREEN, "width": 2, "dash": "dash"},
-            "name": f"target {data.target:.4g}",
-            "showlegend": bool(axis),
-        },
+        *(
+            {
+                **vertical,
+                "type": "line",
+                "x0": target,
+                "x1": target,
+                "line": {"color": GREEN, "width": 2, "dash": "dash"},
+                "name": f"target {target:.4g}",
+                "showlegend": bool(axis),
+            }
+            for target in data.targets
+        ),
         {
             "type": "line",
             "xref": f"x{axis} domain",
@@ -199,12 +185,5 @@ def _target_shapes(data: ParetoData, axis: str) -> list[dict[str, Any]]:
     ]
 
 
-def _note(axis: str, text: str, **place: Any) -> dict[str, Any]:
-    refs = {"xref": f"x{axis} domain", "yref": f"y{axis} domain", "x": 0.01, "xanchor": "left"}
-    return {**refs, **place, "text": text, "showarrow": False}
-
-
-def _hover(title: str, facts: Sequence[Fact]) -> str:
-    # Plotly reads a few HTML tags in hover texts; names may come from the user.
-    lines = (f"{html.escape(name)}: {html.escape(value)}" for name, value in facts)
-    return "<br>".join([f"<b>{html.escape(title)}</b>", *lines])
+def _note(axis: str, text: str, *, y: float) -> dict[str, Any]:
+    return note(text, xref=f"x{axis} domain", yref=f"y{axis} domain", x=0.01, y=y)

@@ -1,17 +1,15 @@
 """How the front looks, in every drawing of it.
 
-Colours are Okabe and Ito's (2008), which people with any colour vision tell apart, the blue a little lighter
-so that it stands out from a dark page too. Each kind of trial also has a symbol of its own, so that a print
-without colours still says it.
+Each kind of trial has a colour and also a symbol of its own, so that a print without colours still says it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compress_search.reports.figure_look import BLUE, GREY, VERMILION
 from compress_search.reports.pareto import ParetoData, ParetoPoint
 
-BLUE, VERMILION, GREY, GREEN, PURPLE = "#1F86CC", "#D55E00", "#8A8A8A", "#009E73", "#CC79A7"
 X_TITLE = "mac_ratio: MACs kept / MACs of the original"
 X_TITLE_SHORT = "MACs kept / MACs of the original"
 PANELS = ("The band, enlarged", "All complete trials and the original")

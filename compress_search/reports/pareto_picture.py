@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from compress_search.reports.figure_look import GREEN, PURPLE, VERMILION
 from compress_search.reports.pareto import ParetoData, View
-from compress_search.reports.pareto_look import GREEN, KINDS, PANELS, PURPLE, VERMILION, X_TITLE, remarks_on
+from compress_search.reports.pareto_look import KINDS, PANELS, X_TITLE, remarks_on
 from compress_search.workspace import write_bytes_atomically
 
 
@@ -40,7 +41,8 @@ def _draw_panel(panel: Axes, data: ParetoData, view: View) -> None:
     factor = data.scale.factor
     low, high = data.band
     panel.axvspan(low, high, color=GREEN, alpha=0.18, linewidth=0, label=f"band {low:.4g} to {high:.4g}")
-    panel.axvline(data.target, color=GREEN, linestyle="--", label=f"target {data.target:.4g}")
+    for target in data.targets:
+        panel.axvline(target, color=GREEN, linestyle="--", label=f"target {target:.4g}")
     original = factor * data.original_accuracy
     panel.axhline(original, color=PURPLE, linestyle=":", label="accuracy of the original")
     if data.steps:

@@ -40,8 +40,11 @@ def stage_times(trials: Iterable[Sequence[StageResult]]) -> tuple[StageTime, ...
         One row for each kind of stage, in the order in which trials have them.
     """
     kinds: dict[str, list[StageResult]] = {}
+    sequences = set()
     for stages in trials:
-        for name, stage in zip(stage_names(stages), stages, strict=True):
+        names = tuple(stage_names(stages))
+        sequences.add(names)
+        for name, stage in zip(names, stages, strict=True):
             kinds.setdefault(name, []).append(stage)
     return tuple(
         StageTime(
@@ -51,8 +54,26 @@ def stage_times(trials: Iterable[Sequence[StageResult]]) -> tuple[StageTime, ...
             reused=sum(stage.reused for stage in results),
             saved=sum(stage.seconds for stage in results if stage.reused),
         )
-        for name, results in kinds.items()
+        for name in stage_order(sequences)
+        for results in (kinds[name],)
     )
+
+
+def stage_order(sequences: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Put the names of all trials' stages into one order, although some trials leave stages out.
+
+    Args:
+        sequences: The names of each trial's stages.
+    """
+    order: list[str] = []
+    # The longest first: the place of a stage is known best from those that leave the least out.
+    for names in sorted(sequences, key=lambda names: (-len(names), tuple(names))):
+        place = 0
+        for name in names:
+            if name not in order:
+                order.insert(place, name)
+            place = order.index(name) + 1
+    return tuple(order)
 
 
 def stage_names(stages: Sequence[StageResult]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from compress_search.leases import lease_files
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
+from compress_search.reports.figures import StudyFigure, study_figures
 from compress_search.reports.layers import LayerRow, layer_table
 from compress_search.reports.page import ReportFiles, write_report
 from compress_search.results import Candidate, ParetoFront
@@ -250,6 +251,18 @@ class CompressionStudy:
         scores[str(candidate.number)] = task.score(candidate.load_model(original), task.test)
         self.optuna_study.set_user_attr(_TESTS, scores)
         return TestScore(scores["original"], scores[str(candidate.number)])
+
+    def figures(self, chosen: Candidate | None = None) -> tuple[StudyFigure, ...]:
+        """Return the figures of the study, which a report and the dashboard show; ``draw()`` draws one.
+
+        Args:
+            chosen: The candidate to mark; by default the most accurate feasible one, if there is one.
+        """
+        front = self.front()
+        if chosen is None and len(front):
+            chosen = front.choose()
+        layers = () if chosen is None else self._layers_of(chosen)
+        return study_figures(front, chosen=chosen, layers=layers)
 
     def report(self, chosen: Candidate | None = None) -> ReportFiles:
         """Write the report, the plots and the table of all candidates into :attr:`folder`.

@@ -101,8 +101,8 @@ def test_without_a_test_score_none_is_claimed(front: ParetoFront, tmp_path: Path
 
 def test_the_figure_of_the_page_has_the_points_of_the_study(front: ParetoFront, tmp_path: Path) -> None:
     figures = json.loads(_read(_write(tmp_path, front).page).scripts[0])
-    assert set(figures["layouts"]) == {"beside", "stacked"}
-    assert set(figures["layouts"]["stacked"]) == {"light", "dark"}
+    assert set(figures["layouts"]) == {"wide", "narrow"}
+    assert set(figures["layouts"]["narrow"]) == {"light", "dark"}
     points = {
         (x, round(y, 6))
         for trace in figures["data"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from compress_search.reports.figure_look import DARK
 from compress_search.reports.pareto import ParetoData, pareto_data
 from compress_search.reports.pareto_interactive import draw_interactive
 from compress_search.reports.pareto_look import KINDS
@@ -191,7 +192,7 @@ def test_axes_are_named_with_their_units(data: ParetoData) -> None:
 
 
 def test_a_narrow_or_dark_page_shows_the_same_data(data: ParetoData) -> None:
-    usual, other = draw_interactive(data), draw_interactive(data, stacked=True, dark=True)
+    usual, other = draw_interactive(data), draw_interactive(data, narrow=True, theme=DARK)
     assert usual.data == other.data
     assert usual.layout.font.color != other.layout.font.color
     assert other.layout.xaxis.domain == other.layout.xaxis2.domain == (0, 1)
