@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,12 @@ from compress_search.stopping import StopSwitch
 from compress_search.task import Task
 
 torch.set_num_threads(1)
+
+_spec = importlib.util.spec_from_file_location(
+    "synthetic_study", Path(__file__).with_name("synthetic_study.py")
+)
+synthetic = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(synthetic)
 
 
 @pytest.fixture
@@ -69,3 +78,17 @@ def stop_at():
             pass
 
     return StopAt
+
+
+@pytest.fixture
+def synthetic_study(tiny_net):
+    """Make studies that were never run, see ``synthetic_study.py``; their databases are closed at the end."""
+    made = []
+
+    def make(folder, **arguments):
+        made.append(synthetic.make_synthetic_study(folder, tiny_net(), **arguments))
+        return made[-1]
+
+    yield make
+    for study in made:
+        study.storage.engine.dispose()

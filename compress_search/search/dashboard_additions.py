@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from compress_search.exceptions import PlanError, StudyMismatchError
 from compress_search.plan import CompressionPlan
 from compress_search.reports.layers import LayerRow
-from compress_search.results import ParetoFront, Reference
+from compress_search.results import Candidate, ParetoFront, Reference
 from compress_search.search.candidates import candidate_of
 from compress_search.search.dashboard_files import files_of_study, files_of_trial, last_stage
 from compress_search.search.history import DUPLICATE_OF, FINALIST_OF, RETRY_OF, STAGES, current_trials
@@ -55,6 +55,7 @@ class _Made:
 
     trials: object = None
     front: ParetoFront | None = None
+    rows: Sequence[LayerRow] | None = None
     attributes: Attributes = field(default_factory=dict)
     notes: dict[int | None, _Note] = field(default_factory=dict)
 
@@ -113,10 +114,15 @@ class Additions:
         made = self._made.setdefault(study._study_id, _Made())
         now = [(t._trial_id, t.state, len(t.user_attrs.get(STAGES, ()))) for t in trials]
         if made.front is None or made.trials != now:
-            made.front = self._front(identity, trials)
-            made.attributes = {**_plots(made.front), **files_of_study(study._study_id)}
+            made.front, made.trials, made.rows = self._front(identity, trials), now, None
             _put(made.notes, None, now, study_note(made.front, name=study.study_name))
-            made.trials = now
+        chosen = made.front.choose() if len(made.front) else None
+        rows = () if chosen is None else self._rows_of(chosen)
+        if made.rows != rows:
+            made.rows = rows
+            plots = study_plots(made.front, chosen=chosen, layers=rows)
+            made.attributes = {PLOT.format(name=name): plot for name, plot in plots.items()}
+            made.attributes |= files_of_study(study._study_id)
         self._make_notes(made, made.front, study.study_name, trials)
         return made
 
@@ -124,6 +130,10 @@ class Additions:
         candidates = tuple(candidate_of(trial, self._workspace, None) for trial in current_trials(trials))
         settings = identity.settings
         return ParetoFront(candidates, identity.reference, settings.target, settings.tolerance)
+
+    def _rows_of(self, candidate: Candidate) -> Sequence[LayerRow]:
+        folder = candidate.folder
+        return () if folder is None or not folder.is_dir() else self._layers.ready(folder) or ()
 
     def _make_notes(self, made: _Made, front: ParetoFront, study: str, trials: Sequence[FrozenTrial]) -> None:
         naming = _naming(trials)
@@ -165,10 +175,6 @@ def _identity_of(study: FrozenStudy) -> Identity | None:
         return load_identity(study)
     except StudyMismatchError:
         return None
-
-
-def _plots(front: ParetoFront) -> Attributes:
-    return {PLOT.format(name=name): plot for name, plot in study_plots(front).items()}
 
 
 def _naming(trials: Sequence[FrozenTrial]) -> Mapping[int, list[tuple[int, bool]]]:

@@ -15,6 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 from compress_search.exceptions import StudyError
 from compress_search.results import ParetoFront
 from compress_search.search.dashboard_additions import Additions
+from compress_search.search.history import RECIPE, STAGES, TRACEBACK
+
+
+_IN_THE_NOTE = (RECIPE, STAGES, TRACEBACK)
+"""User attributes of kilobytes, which the dashboard would write on one line, the page made as wide as that."""
 
 
 class DashboardView(_CachedStorage):
@@ -25,6 +30,7 @@ class DashboardView(_CachedStorage):
       constraint twice.
     * Notes, plots and the names of files are system attributes too. The view makes them of the trials as
       they are when it is asked: they are never out of date, and do not swell the user's database.
+    * A trial's attributes are shown on one line each. Those of kilobytes are left out; the note has them.
 
     What is written goes to the storage as it is.
 
@@ -83,15 +89,16 @@ class DashboardView(_CachedStorage):
         return {**study.system_attrs, **added}
 
     def _viewed(self, trial: FrozenTrial) -> FrozenTrial:
-        """A copy with what is added; the storage caches the original."""
+        """A copy with what is added, without what its note says better; the storage caches the original."""
         added = self._additions.of_trial(trial)
         kept: dict[str, Any] = trial.system_attrs
         if trial.constraints:
             kept = {key: value for key, value in kept.items() if not key.startswith("constraints")}
             added["constraints"] = list(trial.constraints.values())
-        if not added:
+        if not added and RECIPE not in trial.user_attrs:
             return trial
         viewed = copy.copy(trial)
+        viewed.user_attrs = {key: value for key, value in trial.user_attrs.items() if key not in _IN_THE_NOTE}
         viewed.system_attrs = kept | added
         return viewed
 

@@ -21,8 +21,8 @@ from compress_search.results import ParetoFront, Reference
 from compress_search.search.trial_history import TrialHistory
 from compress_search.stage_files import PLAN, WEIGHTS
 
-_MEANS_SOMETHING = re.compile(r"[\\`*_{}\[\]()<>#+\-!|&~:@.$^=]")
-"""What Markdown may read as something else than itself, its HTML and its automatic links included."""
+_MEANS_SOMETHING = re.compile(r"[\\`*_\[\]<>&~|@!]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What Markdown reads as something else than itself within a line: its signs, HTML, and what looks like a link."""
 
 
 def escape_markdown(text: str) -> str:
@@ -99,33 +99,27 @@ def _paragraphs(
 
 
 def _stages(history: TrialHistory, reference: Reference) -> str:
-    original = ("original model", f"{reference.accuracy:.4f}", ratio(1.0), count(reference.macs))
-    rows = [(*original, count(reference.params), "")]
+    original = (f"{reference.accuracy:.4f}", ratio(1.0), count(reference.macs), count(reference.params))
+    rows = [("original model", "", *original)]
     for label, stage in zip(stage_names(history.stages), history.stages, strict=True):
-        how = f"reused, saved {duration(stage.seconds)}" if stage.reused else duration(stage.seconds)
+        time = f"reused, saved {duration(stage.seconds)}" if stage.reused else duration(stage.seconds)
         numbers = (f"{stage.accuracy:.4f}", ratio(stage.mac_ratio), count(stage.macs), count(stage.params))
-        rows.append((label, *numbers, how))
+        rows.append((label, time, *numbers))
     for place, label in enumerate(history.ahead):
         epochs = place == 0 and history.epochs is not None
         done = f"{history.epochs} of {history.of_epochs} epochs done" if epochs else "not finished"
-        rows.append((label, "", "", "", "", done))
-    return _table(("stage", "accuracy", "mac_ratio", "MACs", "parameters", "time"), rows)
+        rows.append((label, done, "", "", "", ""))
+    header = ("stage", "time", "accuracy", "mac_ratio", "MACs", "parameters")
+    return _table(header, rows, numbers=(2, 3, 4, 5))
 
 
 def _layers(rows: Sequence[LayerRow]) -> str:
-    header = ("layer", "what was done", "MACs before", "MACs after", "ratio", "left alone because")
-    cells = [
-        (
-            row.layer,
-            row.done,
-            count(row.macs_before),
-            count(row.macs_after),
-            f"{row.ratio:.2f}",
-            row.left_alone,
-        )
-        for row in rows
-    ]
-    return _table(header, cells)
+    header = ("layer", "what was done", "left alone because", "MACs before", "MACs after", "ratio")
+    cells = []
+    for row in rows:
+        macs = (count(row.macs_before), count(row.macs_after), f"{row.ratio:.2f}")
+        cells.append((row.layer, row.done, row.left_alone, *macs))
+    return _table(header, cells, numbers=(3, 4, 5))
 
 
 def _changes(plan: CompressionPlan) -> str:
@@ -134,8 +128,10 @@ def _changes(plan: CompressionPlan) -> str:
     return _table(("layer", "what was done", "left alone because"), cells)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([escape_markdown(cell) for cell in row] for row in rows)]
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
+    """Write a table; the columns at ``numbers`` are aligned to the right."""
+    rule = ["--:" if place in numbers else "---" for place in range(len(header))]
+    lines = [header, rule, *([escape_markdown(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
