@@ -17,9 +17,8 @@ from compress_search.results import ParetoFront
 from compress_search.search.dashboard_additions import Additions
 from compress_search.search.history import RECIPE, STAGES, TRACEBACK
 
-
 _IN_THE_NOTE = (RECIPE, STAGES, TRACEBACK)
-"""User attributes of kilobytes, which the dashboard would write on one line, the page made as wide as that."""
+"""User attributes of kilobytes, each of which the dashboard would write on one very long line."""
 
 
 class DashboardView(_CachedStorage):

@@ -22,7 +22,7 @@ from compress_search.search.trial_history import TrialHistory
 from compress_search.stage_files import PLAN, WEIGHTS
 
 _MEANS_SOMETHING = re.compile(r"[\\`*_\[\]<>&~|@!]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""What Markdown reads as something else than itself within a line: its signs, HTML, and what looks like a link."""
+"""What Markdown reads as something else within a line: its signs, HTML, and what looks like a link."""
 
 
 def escape_markdown(text: str) -> str:
