@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ synthetic = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(synthetic)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_net():
     """Make ``(batch, 1, 6, 6) -> (batch, classes)``: two convolutions with batch normalisation."""
 
@@ -80,7 +82,7 @@ def stop_at():
     return StopAt
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def synthetic_study(tiny_net):
     """Make studies that were never run, see ``synthetic_study.py``; their databases are closed at the end."""
     made = []
@@ -92,3 +94,32 @@ def synthetic_study(tiny_net):
     yield make
     for study in made:
         study.storage.engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """Serve the dashboard of a study in a thread within a block; its server has its address as ``root``."""
+
+    @contextmanager
+    def serve(study, **arguments):
+        from compress_search.search.dashboard import DashboardServer
+
+        server = DashboardServer(study.storage, study.name, workspace=study.workspace, port=0, **arguments)
+        with server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            server.root = server.url.partition("/dashboard")[0]
+            try:
+                yield server
+            finally:
+                server.shutdown()
+                thread.join()
+
+    return serve
+
+
+@pytest.fixture
+def serve(serving):
+    """Serve dashboards until the end of a test."""
+    with ExitStack() as stack:
+        yield lambda study, **arguments: stack.enter_context(serving(study, **arguments))

@@ -1,4 +1,4 @@
-"""A study that was never run: its numbers are of closed form, so that any number of trials is made in no time.
+"""A study that was never run: its numbers are of closed form, so any number of trials is made in no time.
 
 It lies in a workspace like any other, with the files of stages, and has trials of every kind: feasible and
 not, pruned, failed with HTML in its reason, running, waiting, a retry, a finalist, one whose files are gone.
@@ -121,7 +121,7 @@ def stage_key(number: int, place: int) -> str:
     return content_hash([number // 4 if place < 2 else number, place])
 
 
-def _results(number: int) -> tuple[StageResult, ...]:
+def _results(number: int, gain: float = 0.0) -> tuple[StageResult, ...]:
     first = 0.55 + 0.05 * (number % 9)
     ratio = 0.5 * (1 + (0.05 if number % 10 == INFEASIBLE else 0.019 * math.sin(number)))
     # Better and worse in turn, and slowly better.
@@ -130,7 +130,7 @@ def _results(number: int) -> tuple[StageResult, ...]:
         ("spatial_svd", first, accuracy - 0.08),
         ("fine_tune", first, accuracy - 0.02),
         ("channel_pruning", ratio, accuracy - 0.05),
-        ("fine_tune", ratio, accuracy),
+        ("fine_tune", ratio, accuracy + gain),
     )
     return tuple(
         StageResult(
@@ -147,11 +147,11 @@ def _results(number: int) -> tuple[StageResult, ...]:
     )
 
 
-def _finished(number: int, **more: Any) -> FrozenTrial:
+def _finished(number: int, gain: float = 0.0, **more: Any) -> FrozenTrial:
     kind = number % 10
-    stages = _results(number)[: {PRUNED: 2, FAILED: 1}.get(kind, 4)]
+    stages = _results(number, gain)[: {PRUNED: 2, FAILED: 1}.get(kind, 4)]
     attributes: dict[str, Any] = {"stages": [stage.to_dict() for stage in stages], "recipe": _recipe(number)}
-    common = {"params": _params(number), "distributions": {name: _RANGE for name in _params(number)}}
+    common = {"params": _params(number), "distributions": dict.fromkeys(_params(number), _RANGE)}
     if kind == PRUNED:
         attributes["reason"] = "after spatial_svd, fine_tune the accuracy is too low"
         return create_trial(state=TrialState.PRUNED, user_attrs=attributes | more, **common)
@@ -174,8 +174,8 @@ def _finished(number: int, **more: Any) -> FrozenTrial:
 
 
 def _others(trials: int) -> Iterator[FrozenTrial]:
-    yield _finished(0, finalist_of=1)
-    yield _finished(1, retry_of=FAILED, retries=1)
+    yield _finished(0, 0.001, finalist_of=0)
+    yield _finished(1, -0.001, retry_of=FAILED, retries=1)
     started = {"stages": [_results(2)[0].to_dict()], "recipe": _recipe(2), "epochs": 1, HTML: HTML}
     yield create_trial(state=TrialState.RUNNING, user_attrs=started)
     yield create_trial(state=TrialState.WAITING)

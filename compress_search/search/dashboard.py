@@ -25,6 +25,8 @@ from compress_search.workspace import Workspace
 
 HOST = "127.0.0.1"
 PORT = 8080
+_PATIENCE = 0.1
+"""Seconds after which :meth:`DashboardServer.shutdown` is noticed."""
 
 
 class DashboardServer:
@@ -72,7 +74,7 @@ class DashboardServer:
 
     def serve_forever(self) -> None:
         """Answer requests until :meth:`shutdown` is called from another thread, or Ctrl-C."""
-        self._server.serve_forever()
+        self._server.serve_forever(poll_interval=_PATIENCE)
 
     def serve_until_interrupted(self) -> None:
         """Say where, and answer requests until Ctrl-C."""

@@ -97,7 +97,9 @@ class DashboardView(_CachedStorage):
         if not added and RECIPE not in trial.user_attrs:
             return trial
         viewed = copy.copy(trial)
-        viewed.user_attrs = {key: value for key, value in trial.user_attrs.items() if key not in _IN_THE_NOTE}
+        if RECIPE in trial.user_attrs:
+            shown = {key: value for key, value in trial.user_attrs.items() if key not in _IN_THE_NOTE}
+            viewed.user_attrs = shown
         viewed.system_attrs = kept | added
         return viewed
 
