@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import threading
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,8 +17,14 @@ from compress_search.task import Task
 
 torch.set_num_threads(1)
 
+_spec = importlib.util.spec_from_file_location(
+    "synthetic_study", Path(__file__).with_name("synthetic_study.py")
+)
+synthetic = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(synthetic)
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
 def tiny_net():
     """Make ``(batch, 1, 6, 6) -> (batch, classes)``: two convolutions with batch normalisation."""
 
@@ -69,3 +80,46 @@ def stop_at():
             pass
 
     return StopAt
+
+
+@pytest.fixture(scope="session")
+def synthetic_study(tiny_net):
+    """Make studies that were never run, see ``synthetic_study.py``; their databases are closed at the end."""
+    made = []
+
+    def make(folder, **arguments):
+        made.append(synthetic.make_synthetic_study(folder, tiny_net(), **arguments))
+        return made[-1]
+
+    yield make
+    for study in made:
+        study.storage.engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """Serve the dashboard of a study in a thread within a block; its server has its address as ``root``."""
+
+    @contextmanager
+    def serve(study, **arguments):
+        from compress_search.search.dashboard import DashboardServer
+
+        server = DashboardServer(study.storage, study.name, workspace=study.workspace, port=0, **arguments)
+        with server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            server.root = server.url.partition("/dashboard")[0]
+            try:
+                yield server
+            finally:
+                server.shutdown()
+                thread.join()
+
+    return serve
+
+
+@pytest.fixture
+def serve(serving):
+    """Serve dashboards until the end of a test."""
+    with ExitStack() as stack:
+        yield lambda study, **arguments: stack.enter_context(serving(study, **arguments))

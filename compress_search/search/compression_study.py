@@ -28,6 +28,7 @@ from compress_search.reports.sensitivity import LOSSES, StageSensitivity
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
 from compress_search.search.claims import claiming
+from compress_search.search.dashboard import PORT, DashboardServer
 from compress_search.search.finalists import (
     choose_origins,
     finalist_recipe,
@@ -360,6 +361,32 @@ class CompressionStudy:
         """
         example = None if self.task is None else self.task.example_input
         return export_candidate(candidate, folder or self._export_folder(candidate), example_input=example)
+
+    def serve_dashboard(self, *, port: int = PORT, read_only: bool = False) -> None:
+        """Serve the Optuna dashboard of the study to this machine, until Ctrl-C.
+
+        It follows a study that is running, in another process: this call blocks. With its task, the tables
+        of layers have their MACs.
+
+        Args:
+            port: A free port of 127.0.0.1; 0 takes any.
+            read_only: Refuse everything but reading. Otherwise whoever reaches the port can change and
+                delete studies.
+
+        Raises:
+            StudyError: The port is taken, or not allowed.
+        """
+        task = self.task
+        load_task = None if task is None else lambda: task
+        with DashboardServer(
+            self.storage,
+            self.name,
+            workspace=self.workspace,
+            port=port,
+            read_only=read_only,
+            load_task=load_task,
+        ) as server:
+            server.serve_until_interrupted()
 
     def _run(
         self,

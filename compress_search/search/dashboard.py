@@ -1,48 +1,32 @@
-"""The Optuna dashboard over a study, on this machine only, with feasibility shown rightly."""
+"""The Optuna dashboard over a study, on this machine only."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import errno
-from collections.abc import Container, Sequence
+import warnings
+from collections.abc import Callable
 from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-import optuna_dashboard._app as dashboard_app
-from optuna.storages import RDBStorage, _CachedStorage
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+import optuna_dashboard
+from optuna.storages import RDBStorage
+from rich.console import Console
 
 from compress_search.exceptions import StudyError
+from compress_search.search.dashboard_access import guarded
+from compress_search.search.dashboard_additions import Additions
+from compress_search.search.dashboard_files import StageFiles
+from compress_search.search.dashboard_view import DashboardView
+from compress_search.search.layer_tables import LayerTables
+from compress_search.task import Task
+from compress_search.workspace import Workspace
 
 HOST = "127.0.0.1"
-
-
-class FeasibilityView(_CachedStorage):
-    """A storage as optuna-dashboard 0.21 reads it.
-
-    That dashboard looks for constraints in one list, the trial's system attribute ``constraints``; since
-    version 5 Optuna stores each under a key of its own. The view adds the list to what is read and writes
-    nothing: with both in the database, Optuna would count each constraint twice.
-
-    Args:
-        storage: The study's storage.
-    """
-
-    def __init__(self, storage: RDBStorage) -> None:
-        super().__init__(storage)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        """Return one trial, with its list of constraints."""
-        return _with_constraint_list(super().get_trial(trial_id))
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        """Return the trials of a study, each with its list of constraints."""
-        trials = super().get_all_trials(study_id, deepcopy=deepcopy, states=states)
-        return [_with_constraint_list(trial) for trial in trials]
+PORT = 8080
+_PATIENCE = 0.1
+"""Seconds after which :meth:`DashboardServer.shutdown` is noticed."""
 
 
 class DashboardServer:
@@ -51,18 +35,29 @@ class DashboardServer:
     Args:
         storage: The storage of the study.
         study: Name of the study whose page is :attr:`url`.
+        workspace: Where its stages lie.
         port: A free port; 0 takes any.
+        read_only: Refuse everything but reading.
+        load_task: Makes the study's task, if it is known. It is called when the first table of layers needs
+            it, and not in a process that trains: it draws random numbers.
 
     Raises:
         StudyError: The port is taken, or not allowed.
     """
 
-    def __init__(self, storage: RDBStorage, study: str, *, port: int) -> None:
-        view = FeasibilityView(storage)
+    def __init__(
+        self,
+        storage: RDBStorage,
+        study: str,
+        *,
+        workspace: Workspace,
+        port: int = PORT,
+        read_only: bool = False,
+        load_task: Callable[[], Task] | None = None,
+    ) -> None:
         try:
-            self._server = make_server(
-                HOST, port, dashboard_app.wsgi(view), server_class=_Server, handler_class=_Handler
-            )
+            # Before anything else, which may take a while.
+            self._server = _Server((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             fault = "is taken by another program" if taken else f"cannot be used ({error})"
@@ -70,12 +65,25 @@ class DashboardServer:
                 f"Port {port} of {HOST} {fault}. "
                 "Choose another: --port N on the command line, port=N in Python."
             ) from error
+        self._layers = LayerTables(load_task)
+        view = DashboardView(storage, Additions(workspace, self._layers))
+        files = StageFiles(workspace.stages, self._layers, view.front_of)
+        self._server.set_app(guarded(optuna_dashboard.wsgi(view, files), read_only=read_only))
         page = f"/dashboard/studies/{view.get_study_id_from_name(study)}"
         self.url = f"http://{HOST}:{self._server.server_port}{page}"
 
     def serve_forever(self) -> None:
         """Answer requests until :meth:`shutdown` is called from another thread, or Ctrl-C."""
-        self._server.serve_forever()
+        self._server.serve_forever(poll_interval=_PATIENCE)
+
+    def serve_until_interrupted(self) -> None:
+        """Say where, and answer requests until Ctrl-C."""
+        lines = (self.url, "Ctrl-C ends it.")
+        Console().print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+        with warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
+            # The pages ask for statistics again and again, and Optuna warns of few trials each time.
+            warnings.filterwarnings("ignore", module=r"optuna\.")
+            self.serve_forever()
 
     def shutdown(self) -> None:
         """Make :meth:`serve_forever` return."""
@@ -86,33 +94,15 @@ class DashboardServer:
 
     def __exit__(self, *_: object) -> None:
         self._server.server_close()
+        self._layers.close()
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    # Pages load a dozen things at once; five waiting connections are the default.
+    request_queue_size = 64
 
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the page asks every few seconds."""
-
-
-def _best_feasible(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
-    feasible = [trial for trial in trials if all(value <= 0 for value in trial.constraints.values())]
-    best: list[FrozenTrial] = _best_of_all(feasible, directions)
-    return best
-
-
-# The dashboard marks as best what no trial dominates, whether or not that trial is feasible.
-_best_of_all = dashboard_app.get_pareto_front_trials
-dashboard_app.get_pareto_front_trials = _best_feasible
-
-
-def _with_constraint_list(trial: FrozenTrial) -> FrozenTrial:
-    """Put a list in the place of the separate constraints, in a copy: the storage caches the original."""
-    if not trial.constraints:
-        return trial
-    kept = {key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints")}
-    viewed = copy.copy(trial)
-    viewed.system_attrs = {**kept, "constraints": list(trial.constraints.values())}
-    return viewed

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
 
 from compress_search.exceptions import ConfigError, StudyMismatchError
 from compress_search.results import Reference
@@ -55,12 +56,12 @@ def is_blank(study: optuna.Study) -> bool:
     return study.directions == DIRECTIONS and not study.user_attrs and not study.get_trials(deepcopy=False)
 
 
-def is_foreign(study: optuna.Study) -> bool:
+def is_foreign(study: optuna.Study | FrozenStudy) -> bool:
     """Whether a study was not made by compress_search, and has no stages."""
     return study.directions != DIRECTIONS or _ATTRIBUTE not in study.user_attrs
 
 
-def load_identity(study: optuna.Study) -> Identity:
+def load_identity(study: optuna.Study | FrozenStudy) -> Identity:
     """Read what a study is.
 
     Raises:

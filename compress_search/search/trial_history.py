@@ -84,7 +84,17 @@ class TrialHistory:
     folder: Path | None
 
     def __str__(self) -> str:
-        return "\n".join([f"Trial {self.number} is {self.state}{self._because()}.", *self._lines()])
+        return "\n".join([self.headline, *self.facts, *self._lines()])
+
+    @property
+    def headline(self) -> str:
+        """What became of it, in a sentence."""
+        return f"Trial {self.number} is {self.state}{self._because()}."
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What it asked for, how it hangs together with other trials, who ran it, and when; sentences."""
+        return tuple(self._facts())
 
     def _because(self) -> str:
         if self.reason is not None:
@@ -93,7 +103,7 @@ class TrialHistory:
             return ", but its process is gone; resuming the study runs it again"
         return ""
 
-    def _lines(self) -> Iterator[str]:
+    def _facts(self) -> Iterator[str]:
         if self.params:
             yield f"Asks for: {', '.join(f'{name} {format_param(v)}' for name, v in self.params.items())}."
         if self.anchor is not None:
@@ -114,6 +124,8 @@ class TrialHistory:
         if self.began is not None:
             ended = "" if self.ended is None else f", ended {self.ended:%Y-%m-%d %H:%M:%S}"
             yield f"Began {self.began:%Y-%m-%d %H:%M:%S}{ended}."
+
+    def _lines(self) -> Iterator[str]:
         for label, stage in zip(stage_names(self.stages), self.stages, strict=True):
             how = f"reused, saved {stage.seconds:.1f} s" if stage.reused else f"{stage.seconds:.1f} s"
             yield f"  {label}: {how}; accuracy {stage.accuracy:.4f}, mac_ratio {stage.mac_ratio:.4f}"
