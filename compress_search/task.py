@@ -195,13 +195,13 @@ class Task:
     def _model_faults(self, model: nn.Module, device: torch.device) -> list[str]:
         inputs, targets = inputs_and_targets(next(iter(self.train)))
         # What is fine-tuned on may be of another size (parts of images), if the model takes it.
-        name, seen = "train", inputs
+        source, looked_at = "train", inputs
         if self.calibration is not None:
-            name, seen = "calibration", next(inputs_of(self.calibration))
-        if seen.shape[1:] != self.example_input.shape[1:]:
+            source, looked_at = "calibration", next(inputs_of(self.calibration))
+        if looked_at.shape[1:] != self.example_input.shape[1:]:
             return [
-                f"example_input has shape {tuple(self.example_input.shape)}, but {name} yields inputs "
-                f"of shape {tuple(seen.shape)}; all but the first number must be equal."
+                f"example_input has shape {tuple(self.example_input.shape)}, but {source} yields inputs "
+                f"of shape {tuple(looked_at.shape)}; all but the first number must be equal."
             ]
         with inference_mode_of(model):
             try:

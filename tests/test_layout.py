@@ -55,6 +55,7 @@ ORDER = (
     "yaml_settings",
     "reports",
     "programs",
+    "latency",
     "export",
     "search",
     "config",
