@@ -44,7 +44,8 @@ class StudyConfig:
 
     In the YAML file the fields of ``search`` stand beside the others, at the top level. What is to be
     searched stands in the place of a value, ``fine_tune: {lr: {low: 1e-4, high: 1e-1, log: true}}``, or in
-    ``variables`` under its name, ``fine_tune.lr``.
+    ``variables`` under its name, ``fine_tune.lr``. ``presets`` holds values that take the place of others
+    where one is asked for: ``presets: {smoke: {n_trials: 2, fine_tune: {epochs: 1}}}``.
 
     Attributes:
         name: What the study is called in the workspace and in the dashboard.
@@ -94,19 +95,24 @@ class StudyConfig:
             raise ConfigError(faults)
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> StudyConfig:
+    def load(
+        cls, path: Path | str, overrides: Sequence[str] = (), *, preset: str | None = None
+    ) -> StudyConfig:
         """Read a configuration and check all of it, the task's file included.
 
         Args:
             path: The YAML file.
             overrides: Such as ``"target=0.4"`` or ``"fine_tune.epochs=3"``, stronger than the file.
+            preset: A name below ``presets`` in the file, whose values are stronger than those outside;
+                ``None`` for these alone.
 
         Raises:
             ConfigError: The file cannot be read, or is wrong; every fault is in the message.
         """
         path = Path(path)
         values = _read(path)
-        faults = apply_overrides(values, overrides)
+        faults = _choose_preset(values, preset)
+        faults += apply_overrides(values, overrides)
         own = {item.name for item in dataclasses.fields(cls)} - {"search"}
         faults += unknown_keys(values, {*own, *_SEARCH_KEYS})
         faults += _gather_variables(values)
@@ -169,6 +175,27 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError([f"It holds {values!r:.40}; it must hold lines of key: value."], source=str(path))
     return values
+
+
+def _choose_preset(values: dict[str, Any], preset: str | None) -> list[str]:
+    """Let the values of a preset take the place of those outside, in place; return what is wrong."""
+    presets = values.pop("presets", {})
+    if not isinstance(presets, dict) or not all(isinstance(chosen, dict) for chosen in presets.values()):
+        return [f"presets is {presets!r:.60}; it must hold a mapping of values for each name, {{}} for none."]
+    if preset is None:
+        return []
+    if preset not in presets:
+        return [f"There is no preset {preset!r}. The file has: {', '.join(presets) or 'none'}."]
+    _merge(values, presets[preset])
+    return []
+
+
+def _merge(values: dict[str, Any], stronger: Mapping[str, Any]) -> None:
+    for key, value in stronger.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
 
 
 def _faults_of(check: Callable[[T], object], value: T) -> list[str]:

@@ -59,7 +59,8 @@ class Task:
         validation: Loader that the search judges candidates by. The search never sees ``test``.
         test: Loader for the one final number of the chosen model, or ``None``.
         calibration: Loader whose inputs (labels are ignored) the compression methods look at;
-            ``train`` by default.
+            ``train`` by default. They have the shape of ``example_input``; where they are given, those of
+            ``train`` may be of another size, if the model takes it.
         evaluate: ``evaluate(model, loader)`` returns a finite number, higher is better. It is called
             with ``validation`` (and once with ``test``). Top-1 accuracy by default.
         loss: ``loss(outputs, targets)`` for fine-tuning. Cross-entropy by default.
@@ -193,10 +194,14 @@ class Task:
 
     def _model_faults(self, model: nn.Module, device: torch.device) -> list[str]:
         inputs, targets = inputs_and_targets(next(iter(self.train)))
-        if inputs.shape[1:] != self.example_input.shape[1:]:
+        # What is fine-tuned on may be of another size (parts of images), if the model takes it.
+        source, looked_at = "train", inputs
+        if self.calibration is not None:
+            source, looked_at = "calibration", next(inputs_of(self.calibration))
+        if looked_at.shape[1:] != self.example_input.shape[1:]:
             return [
-                f"example_input has shape {tuple(self.example_input.shape)}, but train yields inputs "
-                f"of shape {tuple(inputs.shape)}; all but the first number must be equal."
+                f"example_input has shape {tuple(self.example_input.shape)}, but {source} yields inputs "
+                f"of shape {tuple(looked_at.shape)}; all but the first number must be equal."
             ]
         with inference_mode_of(model):
             try:

@@ -23,9 +23,12 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from cifar10 import Images, load_cifar10
-from cifar10_networks import EXAMPLE, NETWORKS, normalised, trained, whole_batches
+from cifar10_networks import EXAMPLE
+from image_data.cifar10 import load_cifar10
+from image_data.images import Images
+from image_data.in_memory import normalised, whole_batches
 from torch import Tensor, nn
+from train_baseline import trained
 
 from compress_search.calibration import divergence, reestimated_batchnorm
 from compress_search.methods.channel_pruning import ChannelPruning, ChannelPruningAnalysis
@@ -42,6 +45,7 @@ CALIBRATION_IMAGES = 2_000
 CALIBRATION_SETS = 3
 CALIBRATION_BATCH = 50
 FOLDER = Path("runs/method_benchmark")
+MEASURED = ("resnet20", "vgg")
 
 PLAIN_SVD = "spatial SVD, plain"
 PLAIN_SVD_NORMALISED = "spatial SVD, plain, BatchNorm re-estimated"
@@ -170,7 +174,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def main() -> None:
     """Measure each network, train it first if need be; print its table and write it to the folder."""
     parser = argparse.ArgumentParser(description="Data-aware against data-free methods on CIFAR-10.")
-    parser.add_argument("--net", choices=list(NETWORKS), help="measure this one alone")
+    parser.add_argument("--net", choices=MEASURED, help="measure this one alone")
     only = parser.parse_args().net
     torch.set_num_threads(1)
     train, test = load_cifar10()
@@ -179,7 +183,7 @@ def main() -> None:
         list(torch.split(normalised(part), CALIBRATION_BATCH))
         for part in torch.split(seen, CALIBRATION_IMAGES)
     ]
-    for name in [only] if only else NETWORKS:
+    for name in [only] if only else MEASURED:
         rows = measure(name, trained(name, train), calibrations, test)
         write(rows, FOLDER)
         print(as_markdown(rows))

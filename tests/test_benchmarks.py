@@ -64,7 +64,7 @@ def study():
 def resnet20():
     """Our own network, with statistics that are not those of an untrained one."""
     torch.manual_seed(0)
-    network = importlib.import_module("cifar10_networks").NETWORKS["resnet20"][0]()
+    network = importlib.import_module("cifar10_networks").NETWORKS["resnet20"]()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
@@ -282,7 +282,7 @@ def test_names_of_cases_are_unique_and_rivals_exist(study):
 @pytest.fixture
 def real_laboratory(running, tmp_path, monkeypatch):
     """One with noise for data and an untrained network for weights."""
-    cifar10 = importlib.import_module("cifar10")
+    cifar10 = importlib.import_module("image_data.images")
     torch.manual_seed(0)
     images = cifar10.Images(
         torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8), torch.arange(100).to(torch.uint8) % 10

@@ -225,6 +225,44 @@ def test_overrides_are_stronger_than_the_file(write: Write) -> None:
     assert config.search.methods == ("channel_pruning",)
 
 
+PRESETS = """
+n_trials: 9
+fine_tune: {epochs: 3, lr: 0.5}
+presets:
+  quick:
+    name: small-quick
+    n_trials: 1
+    fine_tune: {epochs: 1}
+  plain: {}
+"""
+
+
+def test_a_preset_is_stronger_than_the_file_and_weaker_than_overrides(write: Write, tmp_path: Path) -> None:
+    path = write(MINIMAL + PRESETS)
+    quick = StudyConfig.load(path, ["n_trials=2"], preset="quick")
+    assert (quick.name, quick.n_trials) == ("small-quick", 2)
+    assert quick.search.fine_tune == FineTune(epochs=1, lr=0.5)
+    assert StudyConfig.load(path, preset="plain") == StudyConfig.load(path)
+    quick.save(tmp_path / "saved.yaml")
+    assert StudyConfig.load(tmp_path / "saved.yaml") == quick
+
+
+@pytest.mark.parametrize(
+    ("presets", "fault"),
+    [
+        (PRESETS, "There is no preset 'slow'. The file has: quick, plain."),
+        ("", "There is no preset 'slow'. The file has: none."),
+        ("presets: [quick]\n", "presets is ['quick']; it must hold a mapping"),
+        ("presets: {slow: 3}\n", "presets is {'slow': 3}; it must hold a mapping"),
+        ("presets: {slow: {n_trials: 0}}\n", "n_trials is 0; it must be 1 or more."),
+    ],
+)
+def test_what_is_wrong_with_a_preset_is_told(write: Write, presets: str, fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        StudyConfig.load(write(MINIMAL + presets), preset="slow")
+    assert caught.value.faults[0].startswith(fault)
+
+
 def test_task_arguments_pass_through(write: Write) -> None:
     config = StudyConfig.load(write(MINIMAL + "task_args: {width: 16}\n"), ["task_args.rate=1e-2"])
     assert config.task_args == {"width": 16, "rate": 0.01}

@@ -129,7 +129,7 @@ def test_case_without_a_network_is_left_out(study, bench, results):
 
 
 def test_validation_images_are_those_that_the_network_never_saw(study):
-    images = importlib.import_module("cifar10").Images(
+    images = importlib.import_module("image_data.images").Images(
         torch.arange(1_400).reshape(-1, 1, 1, 1).expand(-1, 3, 32, 32).to(torch.uint8), torch.arange(1_400)
     )
     task = study.task_of(torch.nn.Identity(), images, 10_000)

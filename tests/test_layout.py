@@ -58,6 +58,7 @@ ORDER = (
     "yaml_settings",
     "reports",
     "programs",
+    "latency",
     "export",
     "search",
     "config",

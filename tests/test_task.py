@@ -113,6 +113,19 @@ def test_a_loader_that_yields_no_batches_is_refused(tiny_task, loader, fault):
     assert faults_of(tiny_task(validation=loader)) == [fault]
 
 
+def test_what_is_trained_on_may_be_of_another_size_where_calibration_is_given(tiny_task):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    ).eval()
+    parts = [(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))]
+    device = torch.device("cpu")
+    tiny_task(model=model, train=parts, calibration=[torch.zeros(2, 1, 6, 6)]).check(model, device)
+    with pytest.raises(TaskError, match=r"train yields inputs of shape \(2, 1, 4, 4\)"):
+        tiny_task(model=model, train=parts).check(model, device)
+    with pytest.raises(TaskError, match=r"calibration yields inputs of shape \(2, 1, 4, 4\)"):
+        tiny_task(model=model, calibration=parts).check(model, device)
+
+
 def test_calibration_needs_no_labels(tiny_task):
     task = tiny_task(calibration=[torch.zeros(2, 1, 6, 6)])
     task.check(task.build_model(), CPU)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from compress_search import __version__
 from compress_search.cli import (
+    benchmark,
     cache,
     configs,
     dashboard,
@@ -27,7 +28,20 @@ from compress_search.cli import (
 )
 from compress_search.exceptions import CompressSearchError
 
-COMMANDS = (run, resume, worker, finalize, status, report, dashboard, export, cache, configs, validate)
+COMMANDS = (
+    run,
+    resume,
+    worker,
+    finalize,
+    status,
+    report,
+    dashboard,
+    export,
+    benchmark,
+    cache,
+    configs,
+    validate,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import shutil
 from pathlib import Path
@@ -26,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
     cp = actions.add_parser(
         "cp",
         help="copy one",
-        description="Copy a configuration to DEST/configs and the study script it names to DEST/studies.",
+        description="Copy a configuration to DEST/configs, and to DEST/studies the script that it names "
+        "with the files there that the script imports.",
         epilog="Example: compress-search configs cp digits my-project",
     )
     cp.add_argument("name", metavar="NAME", help="as `configs ls` shows it")
@@ -81,9 +83,33 @@ def _shipped_configs() -> dict[str, Path]:
 
 
 def _scripts_of(config: Path) -> list[Path]:
-    """The study script that a shipped configuration names, if it names a file."""
+    """The study script that a configuration names, if it names a file, and the neighbours that it imports."""
     from compress_search.yaml_settings import parse_yaml
 
     task = str(parse_yaml(config.read_text(encoding="utf-8"), source=str(config))["task"])
     script = (config.parent / task.rpartition(":")[0]).resolve()
-    return [script] if script.is_file() else []
+    found: list[Path] = []
+    waiting = [script] if script.is_file() else []
+    while waiting:
+        path = waiting.pop()
+        found.append(path)
+        waiting += [p for p in _imported(path, script.parent) if p not in found and p not in waiting]
+    return sorted(found)
+
+
+def _imported(script: Path, folder: Path) -> list[Path]:
+    """The files below a folder that a script imports from, by the names that it imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    paths = [folder.joinpath(*name.split(".")) for name in names]
+    # With a module of a package comes the package's own file.
+    candidates = [
+        p
+        for path in paths
+        for p in (path.with_suffix(".py"), path / "__init__.py", path.parent / "__init__.py")
+    ]
+    return [path for path in candidates if path.is_file()]

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study
-from compress_search.exceptions import StudyError
+from compress_search.cli.study_argument import add_study_argument, find_study, find_trial
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,15 +36,8 @@ def main(args: argparse.Namespace) -> int:
     with logging_to_terminal():
         task = place.config().load_task()
         study = place.open(task)
-        candidates = {candidate.number: candidate for candidate in study.candidates()}
-        if args.trial not in candidates:
-            complete = [str(number) for number, c in candidates.items() if c.state == "complete"]
-            raise StudyError(
-                f"The study {study.name!r} has no trial {args.trial}. "
-                f"Its complete trials: {', '.join(complete) or 'none'}."
-            )
         files = export_candidate(
-            candidates[args.trial],
+            find_trial(study, args.trial),
             args.output or study.folder / "export" / f"trial-{args.trial}",
             example_input=task.example_input,
             onnx=args.format == "onnx",

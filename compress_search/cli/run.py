@@ -21,18 +21,27 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a value of the file: fine_tune.epochs=6"
     )
+    add_preset_option(parser)
     add_workers_options(parser)
     parser.set_defaults(main=main)
+
+
+def add_preset_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses among the presets of a configuration."""
+    parser.add_argument(
+        "--preset", metavar="NAME", help="use the values that stand below `presets` in the file: smoke"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the study."""
     if args.workers is not None:
-        words = ["run", args.config, *args.overrides]
+        chosen = [] if args.preset is None else ["--preset", args.preset]
+        words = ["run", args.config, *chosen, *args.overrides]
         return run_workers(words, workers=args.workers, restarts=args.restarts)
     from compress_search.config import StudyConfig
 
-    config = StudyConfig.load(args.config, args.overrides)
+    config = StudyConfig.load(args.config, args.overrides, preset=args.preset)
     if args.prepare is not None:
         return prepare(config, args.prepare)
     from compress_search.cli.session import search_and_answer

@@ -12,6 +12,7 @@ from compress_search.workspace import WORKSPACE_VARIABLE, default_workspace
 
 if TYPE_CHECKING:
     from compress_search.config import StudyConfig
+    from compress_search.results import Candidate
     from compress_search.search.study import CompressionStudy
     from compress_search.task import Task
 
@@ -57,18 +58,25 @@ class StudyPlace:
             config, workspace=self.folder.parent, storage=self.storage or config.storage
         )
 
-    def open(self, task: Task | None = None) -> CompressionStudy:
+    def open(self, task: Task | None = None, *, device: str | None = None) -> CompressionStudy:
         """Open the study.
 
         Args:
             task: Its task, for what needs the model or the data.
+            device: Where to compute; ``None`` takes the first GPU if there is one.
 
         Raises:
             StudyError: The database has no such study.
         """
         from compress_search.search.study import load_study
 
-        return load_study(self.folder.name, task, workspace=self.folder.parent, storage=self._storage())
+        return load_study(
+            self.folder.name,
+            task,
+            workspace=self.folder.parent,
+            storage=self._storage(),
+            device=device,
+        )
 
     def _storage(self) -> str | None:
         # Not through config(): a study can be looked at where its task or its GPU is not to be had.
@@ -82,9 +90,16 @@ class StudyPlace:
         return storage
 
 
-def add_study_argument(parser: argparse.ArgumentParser) -> None:
-    """Add STUDY and the options that say where to look for it."""
-    parser.add_argument("study", metavar="STUDY", help="a study's name, or its folder (runs/digits)")
+def add_study_argument(parser: argparse.ArgumentParser, *, or_else: str = "") -> None:
+    """Add STUDY and the options that say where to look for it.
+
+    Args:
+        parser: Where to.
+        or_else: What else may be given in the place of a study, for the help.
+    """
+    parser.add_argument(
+        "study", metavar="STUDY", help=f"a study's name, or its folder (runs/digits){or_else}"
+    )
     parser.add_argument(
         "--workspace",
         metavar="DIR",
@@ -106,3 +121,19 @@ def find_study(args: argparse.Namespace) -> StudyPlace:
     given = Path(args.study)
     folder = given if len(given.parts) > 1 else Path(args.workspace) / given
     return StudyPlace(folder.resolve(), args.storage)
+
+
+def find_trial(study: CompressionStudy, number: int) -> Candidate:
+    """Find the trial that the command line names.
+
+    Raises:
+        StudyError: There is none; the message says which are complete.
+    """
+    candidates = {candidate.number: candidate for candidate in study.candidates()}
+    if number in candidates:
+        return candidates[number]
+    complete = [str(number) for number, c in candidates.items() if c.state == "complete"]
+    raise StudyError(
+        f"The study {study.name!r} has no trial {number}. "
+        f"Its complete trials: {', '.join(complete) or 'none'}."
+    )

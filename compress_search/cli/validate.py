@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from compress_search.cli.run import add_preset_option
 from compress_search.plain_text import format_table
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a value of the file: fine_tune.epochs=6"
     )
+    add_preset_option(parser)
     parser.set_defaults(main=main)
 
 
@@ -36,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     from compress_search.profile import profile_model
     from compress_search.search.study import choose_device
 
-    config = StudyConfig.load(args.config, args.overrides)
+    config = StudyConfig.load(args.config, args.overrides, preset=args.preset)
     with logging_to_terminal():
         task = config.load_task()
         model = task.build_model()

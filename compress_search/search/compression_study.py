@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial
 
 from compress_search.exceptions import PlanError, StudyError, TaskError, WorkspaceError
 from compress_search.export import ExportFiles, export_candidate
+from compress_search.latency import COMPRESSED, ORIGINAL, RUNTIMES, LatencyTable, measure_latency
 from compress_search.leases import lease_files
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
@@ -48,7 +49,7 @@ from compress_search.stages import StageRunner
 from compress_search.stopping import StopSwitch
 from compress_search.task import Task
 from compress_search.training.trainer import CHECKPOINT_SECONDS
-from compress_search.workspace import Workspace
+from compress_search.workspace import Workspace, write_json_atomically
 
 logger = logging.getLogger("compress_search")
 
@@ -387,6 +388,49 @@ class CompressionStudy:
             load_task=load_task,
         ) as server:
             server.serve_until_interrupted()
+
+    def benchmark_latency(
+        self,
+        candidate: Candidate,
+        *,
+        batches: Sequence[int] = (1, 32),
+        runtimes: Sequence[str] = tuple(RUNTIMES),
+        threads: int | None = None,
+        seconds: float = 2.0,
+    ) -> LatencyTable:
+        """Measure how long a candidate and the original take on this machine, and keep that beside the study.
+
+        It is kept in ``latency/trial-N.json`` in :attr:`folder`; measuring again replaces it.
+
+        Args:
+            candidate: A complete candidate.
+            batches: How many examples a call has.
+            runtimes: See :func:`compress_search.latency.measure_latency`, also for the others.
+            threads: Of the CPU.
+            seconds: How long each model is measured in each case.
+
+        Raises:
+            StudyError: The candidate did not complete, or the task is not known.
+            ConfigError: A number or a runtime is not one of these.
+        """
+        task = self._needed_task("benchmark_latency")
+        original = task.build_model().to(self.device)
+        table = measure_latency(
+            {ORIGINAL: original, COMPRESSED: candidate.load_model(original)},
+            task.example_input,
+            batches=batches,
+            runtimes=runtimes,
+            device=self.device,
+            threads=threads,
+            seconds=seconds,
+            mac_ratio=candidate.mac_ratio,
+        )
+        write_json_atomically(self.latency_file(candidate), table.to_dict())
+        return table
+
+    def latency_file(self, candidate: Candidate) -> Path:
+        """Where :meth:`benchmark_latency` keeps what it measured of a candidate."""
+        return self.folder / "latency" / f"trial-{candidate.number}.json"
 
     def _run(
         self,

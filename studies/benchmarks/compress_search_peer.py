@@ -48,4 +48,4 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
 
 
 if __name__ == "__main__":
-    run(compress, lambda name: NETWORKS[name][0](), f"compress-search {metadata.version('compress-search')}")
+    run(compress, lambda name: NETWORKS[name](), f"compress-search {metadata.version('compress-search')}")

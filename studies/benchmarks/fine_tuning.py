@@ -30,8 +30,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cifar10 import Images
-from cifar10_networks import EXAMPLE, VALIDATION_IMAGES, AugmentedBatches, trained, whole_batches
+from cifar10_networks import EXAMPLE
+from image_data.images import Images
+from image_data.in_memory import AugmentedBatches, whole_batches
+from train_baseline import VALIDATION_IMAGES, trained
 
 import compress_search
 from benchmarks import ratio_selection

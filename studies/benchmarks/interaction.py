@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cifar10 import load_cifar10
-from cifar10_networks import EXAMPLE, NETWORKS, normalised, trained, whole_batches
+from cifar10_networks import EXAMPLE, NETWORKS
+from image_data.cifar10 import load_cifar10
+from image_data.in_memory import normalised, whole_batches
+from train_baseline import trained
 
 from compress_search import Compress, SensitivityTable
 from compress_search.calibration import divergence

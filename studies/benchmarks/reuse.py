@@ -40,8 +40,11 @@ from optuna.trial import FrozenTrial
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cifar10 import Images, load_cifar10
-from cifar10_networks import EXAMPLE, VALIDATION_IMAGES, AugmentedBatches, trained, whole_batches
+from cifar10_networks import EXAMPLE
+from image_data.cifar10 import load_cifar10
+from image_data.images import Images
+from image_data.in_memory import AugmentedBatches, whole_batches
+from train_baseline import VALIDATION_IMAGES, trained
 
 from benchmarks.ratio_selection import FOLDER
 from benchmarks.reuse_table import Comparison, Pipeline, Time, as_csv, as_markdown

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cifar10 import Images, load_cifar10
-from cifar10_networks import normalised, trained, weights_of, whole_batches
+from image_data.cifar10 import load_cifar10
+from image_data.images import Images
+from image_data.in_memory import normalised, whole_batches
 from safetensors.torch import load_file, save_file
 from torch import nn
+from train_baseline import trained, weights_of
 
 from benchmarks.cases import Case, Effort, Request, Result, read_result
 from benchmarks.environment import python_of, version_of

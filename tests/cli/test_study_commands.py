@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import urllib.request
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compress_search.cli import main
+from compress_search.latency import LatencyTable
 from compress_search.search.dashboard import DashboardServer
 from compress_search.search.study import CompressionStudy, create_study, load_study
 from compress_search.task_path import load_task
@@ -129,6 +131,52 @@ def test_export_writes_any_complete_trial(copy: Path, capsys: Output) -> None:
 def test_export_of_a_trial_that_does_not_exist(copy: Path, capsys: Output) -> None:
     assert main(["export", "tiny", "--trial", "7"]) == 2
     assert "has no trial 7. Its complete trials: 0, 1." in capsys.readouterr().err
+
+
+def test_benchmark_keeps_the_latency_of_a_trial_beside_the_study(copy: Path, capsys: Output) -> None:
+    words = ["--runtime", "eager", "--batch", "1", "3", "--seconds", "0", "--output", "latency.md"]
+    assert main(["benchmark", "tiny", "--trial", "1", *words]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Trial 1 of 'tiny', mac_ratio ")
+    assert re.search(r"^eager +3 +[\d.]+ \([\d.]+-[\d.]+\) ", shown, re.MULTILINE)
+    assert "Median (quartiles) on " in shown
+    kept = json.loads((copy / "runs/tiny/latency/trial-1.json").read_text())
+    table = LatencyTable.from_dict(kept)
+    assert [(row.runtime, row.batch) for row in table.rows] == [("eager", 1), ("eager", 3)]
+    assert table.to_markdown() == (copy / "latency.md").read_text()
+    assert table.mac_ratio == load_study("tiny").candidates()[1].mac_ratio
+
+
+def test_benchmark_of_a_program_needs_no_study(copy: Path, capsys: Output) -> None:
+    (export,) = (copy / "runs/tiny/export").iterdir()
+    words = ["--runtime", "eager", "--batch", "2", "--seconds", "0", "--output", "latency.json"]
+    assert main(["benchmark", str(export), *words]) == 0
+    (row,) = LatencyTable.from_dict(json.loads((copy / "latency.json").read_text())).rows
+    assert list(row.times) == ["compressed"]
+    assert main(["benchmark", str(export / "model.pt2"), "--against", str(export / "model.pt2"), *words]) == 0
+    (row,) = LatencyTable.from_dict(json.loads((copy / "latency.json").read_text())).rows
+    assert list(row.times) == ["original", "compressed"]
+    assert "original, ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["tiny", "--trial", "9"], "has no trial 9. Its complete trials: 0, 1."),
+        (["tinny"], "Did you mean 'tiny'?"),
+        (["tiny", "--batch", "0"], "--batch is 0; it must be 1 or more."),
+        (["tiny", "--threads", "0"], "--threads is 0; it must be 1 or more."),
+        (["tiny", "--output", "latency.xls"], "must end with .md, .csv, .json."),
+        (["tiny", "--against", "model.pt2"], "--against is for a program"),
+        (["tiny.yaml"], "is no torch.export program"),
+        (["nothing.pt2"], "There is no file 'nothing.pt2'"),
+        (["tiny.yaml", "--trial", "0"], "is a program, not a study"),
+    ],
+)
+def test_benchmark_says_what_is_wrong(words: list[str], fault: str, copy: Path, capsys: Output) -> None:
+    assert main(["benchmark", *words, "--runtime", "eager", "--seconds", "0"]) == 2
+    assert fault in capsys.readouterr().err
+    assert not (copy / "runs/tiny/latency").exists()
 
 
 def test_the_dashboard_shows_the_study_until_ctrl_c(

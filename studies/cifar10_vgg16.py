@@ -1,0 +1,24 @@
+"""A third of the MACs of VGG-16 with batch normalisation on CIFAR-10.
+
+Launch it with ``python studies/cifar10_vgg16.py``. ``--preset smoke`` shows within minutes that all is in
+place, ``--preset full`` is for a GPU. ``configs/cifar10_vgg16.yaml`` has the table of the presets, and
+``compress-search run`` with that file does the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cifar10_task import cifar10_task
+from launching import launch
+
+from compress_search import Task
+
+
+def make_task(**settings: Any) -> Task:
+    """Build the task; the settings are those of :func:`cifar10_task.cifar10_task`."""
+    return cifar10_task("vgg16", **settings)
+
+
+if __name__ == "__main__":
+    launch(__file__, __doc__)
