@@ -30,15 +30,12 @@ def running(study, worker=None, *, heartbeat="now"):
 
 
 def of_parent():
-    parent = psutil.Process(os.getppid())
-    return Worker(Worker.this_process().host, parent.pid, parent.create_time())
+    return Worker.of(psutil.Process(os.getppid()))
 
 
 def of_ended_process():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        worker = dataclasses.replace(
-            of_parent(), pid=process.pid, started=psutil.Process(process.pid).create_time()
-        )
+        worker = Worker.of(psutil.Process(process.pid))
         process.communicate(b"\n")
     return worker
 
@@ -46,10 +43,10 @@ def of_ended_process():
 def of_zombie(processes):
     process = subprocess.Popen([sys.executable, "-c", ""])
     processes.append(process)
-    started = psutil.Process(process.pid).create_time()
+    worker = Worker.of(psutil.Process(process.pid))
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
         pass
-    return dataclasses.replace(of_parent(), pid=process.pid, started=started)
+    return worker
 
 
 OLD = "2020-01-01 00:00:00"
