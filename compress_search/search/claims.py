@@ -106,8 +106,8 @@ def _mysql_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[sqlalchemy.Con
         # What is read from here on is of after the lock.
         connection.rollback()
         try:
-            yield connection
-            connection.commit()
+            with connection.begin():
+                yield connection
         except BaseException:
             # The lock ends with the connection, whatever state that is in.
             connection.invalidate()

@@ -131,17 +131,14 @@ class MariaDB(Server):
             connection.commit()
 
     def start(self):
-        with (self.folder / "log").open("ab") as log:
+        file = self.folder / "log"
+        with file.open("ab") as log:
+            begin = log.tell()
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd="/")
         deadline = time.monotonic() + _WAIT_SECONDS
-        while True:
-            try:
-                self.execute("SELECT 1")
-                return
-            except Exception:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise
-                time.sleep(0.05)
+        while b"ready for connections" not in file.read_bytes()[begin:]:
+            assert time.monotonic() < deadline and self._process.poll() is None, file.read_text()
+            time.sleep(0.02)
 
     def stop(self, *, at_once=False):
         self._process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)

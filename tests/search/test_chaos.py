@@ -229,3 +229,122 @@ def test_three_workers_of_which_one_is_killed_each_second_end_as_one_that_is_lef
     kills = [killed for killed, _ in ends]
     assert min(kills) > 0
     print(f"{rounds} rounds on {database}: {sum(kills)} workers killed, {min(kills)} to {max(kills)} a round")
+
+
+def only_complete(crowd):
+    """Whether nothing had to be run again."""
+    with crowd.study() as study:
+        return {trial.state.name for trial in study.trials} == {"COMPLETE"}
+
+
+@pytest.mark.parametrize(
+    ("database", "seconds"),
+    [
+        ("postgresql", 0),
+        ("postgresql", 4),
+        ("mariadb", 4),
+        pytest.param("postgresql", 60, marks=slow),
+        pytest.param("mariadb", 60, marks=slow),
+    ],
+    indirect=["database"],
+)
+def test_trials_go_on_while_the_server_is_away_and_report_afterwards(crowd, request, database, seconds):
+    server = request.getfixturevalue(database)
+    some = crowd(n_trials=4, stage_seconds=0.5, grace_seconds=3.0)
+    some.start(2)
+    some.wait_for(lambda: some.stages() >= 1)
+    server.stop()
+    try:
+        before = some.stages()
+        time.sleep(max(1, seconds))
+        # Each had a stage to finish.
+        assert some.stages() >= before + 2
+        assert some.dead() == 0 and len(some.pids) == 2
+    finally:
+        server.start()
+    some.wait()
+    some.outcome(n_trials=4)
+    # Longer than the grace, but nobody was taken for dead: nobody could have written a heartbeat.
+    assert only_complete(some)
+    assert "The trial goes on" in some.log() or "is tried again" in some.log()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_worker_that_was_paused_past_the_grace_drops_its_trial_and_lives_on(crowd):
+    some = crowd(n_trials=6, stage_seconds=0.4, seconds=0.3, grace_seconds=1.5)
+    some.start(2)
+    some.wait_for(lambda: some.stages() >= 1)
+    paused = some.pids[0]
+    with some.study() as study:
+        while True:
+            running = [t for t in study.trials if t.state.name == "RUNNING"]
+            own = [t for t in running if t.user_attrs["worker"]["pid"] == paused and STAGES in t.user_attrs]
+            if own:
+                break
+        os.kill(paused, signal.SIGSTOP)
+        some.wait_for(lambda: study.trials[own[0].number].state.name == "FAIL")
+        os.kill(paused, signal.SIGCONT)
+    some.wait()
+    some.outcome(n_trials=6)
+    assert f"Trial {own[0].number} was interrupted: its process on" in some.log()
+    assert f"Trial {own[0].number} was taken over by another process" in some.log()
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(20, marks=slow)])
+def test_a_database_file_that_another_process_locks_is_waited_for(crowd, tmp_path, seconds):
+    some = crowd(n_trials=4, stage_seconds=0.2, grace_seconds=2.0)
+    some.start(2)
+    some.wait_for(lambda: some.stages() >= 1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as other:
+        other.execute("PRAGMA busy_timeout=10000")
+        other.execute("BEGIN EXCLUSIVE")
+        time.sleep(seconds)
+        other.execute("ROLLBACK")
+    some.wait()
+    some.outcome(n_trials=4)
+    assert only_complete(some)
+
+
+@on_both
+def test_two_studies_of_one_database_do_not_disturb_each_other(nursery, database_url, tmp_path, make_settings):
+    options = {"n_trials": 5, "stage_seconds": 0.02}
+    crowds = [
+        Crowd(nursery, database_url(), tmp_path / "files", make_settings, study=name, **options)
+        for name in ("study", "other")
+    ]
+    for one in crowds:
+        one.start(2)
+    for one in crowds:
+        one.wait()
+    assert crowds[0].outcome("study", 5) == crowds[1].outcome("other", 5)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_waited_for_by_the_database_and_the_stages(nursery, small_disk, make_settings):
+    url = f"sqlite:///{small_disk / 'study.db'}"
+    some = Crowd(nursery, url, small_disk / "files", make_settings, n_trials=4, stage_seconds=0.1)
+    some.start(2)
+    some.wait_for(lambda: some.stages() >= 1)
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"0" * 4096):
+            pass
+    time.sleep(2)
+    assert some.dead() == 0 and len(some.pids) == 2
+    ballast.unlink()
+    some.wait()
+    some.outcome(n_trials=4)
+    assert only_complete(some)
