@@ -1,7 +1,7 @@
 """Optuna's database storage, which waits while the database is away instead of failing.
 
-Every call goes through :class:`PatientStorage`, so this is the one place that knows of databases that restart,
-networks that break and files that another process has locked.
+Every call goes through :class:`PatientStorage`, so this is the one place that knows of databases that
+restart, networks that break and files that another process has locked.
 
 A commit whose answer was lost may have been done, and then doing it again must change nothing:
 
@@ -157,7 +157,7 @@ class PatientStorage(RDBStorage):
                         "that ran goes on from its last stage or checkpoint."
                     ) from error
                 logger.warning(
-                    "The database %s does not answer (%s). It is tried again in %.1f s, and for %.0f s at most.",
+                    "The database %s does not answer (%s). It is tried again in %.1f s, for %.0f s at most.",
                     self._shown,
                     said,
                     pause,

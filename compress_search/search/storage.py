@@ -46,9 +46,9 @@ _WAITS: dict[str, dict[str, int]] = {
 }
 """For each driver how long it waits for the network, by its own names."""
 _DRIVERS = {
-    "postgresql": ("postgresql+psycopg", "psycopg", "pip install 'psycopg[binary]'"),
-    "mysql": ("mysql+pymysql", "pymysql", "pip install pymysql"),
-    "mariadb": ("mariadb+pymysql", "pymysql", "pip install pymysql"),
+    "postgresql": ("postgresql+psycopg", "psycopg", "pip install 'compress-search[postgresql]'"),
+    "mysql": ("mysql+pymysql", "pymysql", "pip install 'compress-search[mysql]'"),
+    "mariadb": ("mariadb+pymysql", "pymysql", "pip install 'compress-search[mysql]'"),
 }
 """For each kind of server the driver that is tried, its module, and where it comes from."""
 
@@ -186,9 +186,9 @@ def _connect(
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         raise StudyError(
-            f"The database {shown} cannot be used: {without_secrets(str(cause).strip(), url)}. Check that it can "
-            "be reached and written, or name another: --storage URL on the command line, storage=... in "
-            "Python."
+            f"The database {shown} cannot be used: {without_secrets(str(cause).strip(), url)}. Check that it "
+            f"can be reached and written, and that its password is in the URL or in ${PASSWORD_VARIABLE}; or "
+            "name another: --storage URL on the command line, storage=... in Python."
         ) from error
 
 

@@ -233,7 +233,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 with psycopg.connect(plain, autocommit=True) as connection:
                     connection.execute(f"CREATE DATABASE {name}".encode())
                 measured.append(
-                    measure("PostgreSQL", url.format(name), folder / name, trials=args.trials, workers=workers)
+                    measure(
+                        "PostgreSQL", url.format(name), folder / name, trials=args.trials, workers=workers
+                    )
                 )
                 print(as_markdown(measured[-1:]), flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)

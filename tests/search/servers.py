@@ -92,7 +92,9 @@ class MariaDB(Server):
     """The server of Debian's package mariadb-server."""
 
     def __init__(self):
-        program = shutil.which("mariadbd") or shutil.which("mysqld") or shutil.which("mariadbd", path="/usr/sbin")
+        program = (
+            shutil.which("mariadbd") or shutil.which("mysqld") or shutil.which("mariadbd", path="/usr/sbin")
+        )
         install = shutil.which("mariadb-install-db")
         if program is None or install is None:
             pytest.skip("no mariadbd and mariadb-install-db here: apt install mariadb-server")

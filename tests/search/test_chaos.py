@@ -163,7 +163,9 @@ class Crowd:
         assert not list(folder.glob("*.damaged-*"))
         found = {indices[t.number]: (tuple(sorted(t.params.items())), tuple(t.values)) for t in complete}
         candidates = [candidate_of(trial, Workspace(self.folder), None) for trial in complete]
-        return found, {(c.accuracy, c.mac_ratio) for c in pareto_optimal([c for c in candidates if c.feasible])}
+        return found, {
+            (c.accuracy, c.mac_ratio) for c in pareto_optimal([c for c in candidates if c.feasible])
+        }
 
 
 def is_alive(pid):
@@ -180,7 +182,9 @@ def crowd(nursery, database_url, tmp_path, make_settings):
     crowds = []
 
     def make(name="study", **options):
-        crowds.append(Crowd(nursery, database_url(name), tmp_path / f"files-{name}", make_settings, **options))
+        crowds.append(
+            Crowd(nursery, database_url(name), tmp_path / f"files-{name}", make_settings, **options)
+        )
         return crowds[-1]
 
     yield make
@@ -306,7 +310,9 @@ def test_a_database_file_that_another_process_locks_is_waited_for(crowd, tmp_pat
 
 
 @on_both
-def test_two_studies_of_one_database_do_not_disturb_each_other(nursery, database_url, tmp_path, make_settings):
+def test_two_studies_of_one_database_do_not_disturb_each_other(
+    nursery, database_url, tmp_path, make_settings
+):
     options = {"n_trials": 5, "stage_seconds": 0.02}
     crowds = [
         Crowd(nursery, database_url(), tmp_path / "files", make_settings, study=name, **options)
@@ -325,7 +331,10 @@ def small_disk(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")

@@ -83,8 +83,12 @@ def test_errors_do_not_show_passwords(workspace, url):
 @pytest.mark.parametrize(
     ("url", "module", "remedy"),
     [
-        ("postgresql+psycopg://me@host/db", "psycopg", r"Install it: pip install 'psycopg\[binary\]'\."),
-        ("mysql+pymysql://me@host/db", "pymysql", "Install it: pip install pymysql."),
+        (
+            "postgresql+psycopg://me@host/db",
+            "psycopg",
+            r"Install it: pip install 'compress-search\[postgresql\]'\.",
+        ),
+        ("mysql+pymysql://me@host/db", "pymysql", r"Install it: pip install 'compress-search\[mysql\]'\."),
         ("mysql+mysqldb://me@host/db", "MySQLdb", r"or write mysql\+pymysql:// and install pymysql: pip"),
         ("nosuch://me@host/db", "nosuch", "Use SQLite"),
     ],

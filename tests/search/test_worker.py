@@ -26,7 +26,6 @@ from compress_search.search.worker import run_trials
 from compress_search.stopping import StopSwitch
 from compress_search.worker_process import Worker
 
-
 every_database = pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"], indirect=True)
 
 
