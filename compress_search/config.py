@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import yaml
 
 from compress_search.exceptions import ConfigError, StudyError, TaskError
+from compress_search.search.database_url import parse_url
 from compress_search.search.settings import TUNINGS, SearchSettings, searchable
 from compress_search.search.stop_when import StopWhen
-from compress_search.search.storage import parse_url
 from compress_search.search.study import check_name, choose_device
 from compress_search.search.variables import Choice, Range
 from compress_search.task import Task

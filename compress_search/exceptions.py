@@ -48,6 +48,10 @@ class StudyError(CompressSearchError):
     """A study cannot be created, found or answered from."""
 
 
+class DatabaseError(StudyError):
+    """The database of a study was away for longer than it is waited for. Nothing that is finished is lost."""
+
+
 class StudyMismatchError(StudyError):
     """A stored study was made with other settings than those asked for now."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ class Worker:
     Attributes:
         host: Name of its machine.
         pid: Its process id.
-        started: When it started, in seconds since 1970: process ids are used again.
+        started: When it started, in seconds since its machine did: process ids are used again, and clocks
+            are set.
     """
 
     host: str
@@ -27,7 +27,12 @@ class Worker:
     @classmethod
     def this_process(cls) -> Worker:
         """Describe the process that asks."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls.of(psutil.Process())
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Worker:
+        """Describe a process of this machine."""
+        return cls(socket.gethostname(), process.pid, _started(process))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
@@ -39,7 +44,7 @@ class Worker:
             return False
         try:
             process = psutil.Process(self.pid)
-            another = abs(process.create_time() - self.started) > 1
+            another = abs(_started(process) - self.started) > 1
             return bool(another or process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
@@ -53,3 +58,8 @@ class Worker:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+def _started(process: psutil.Process) -> float:
+    # The machine's start, in seconds since 1970, moves when its clock is set; a process's start with it.
+    return float(process.create_time() - psutil.boot_time())

@@ -48,7 +48,7 @@ def write_lease(leases):
 def parent():
     """A process that lives, and is not this one."""
     process = psutil.Process(os.getppid())
-    return Worker(Worker.this_process().host, process.pid, process.create_time())
+    return Worker.of(process)
 
 
 def dead():

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress_search.cli.study_argument import add_study_argument, find_study, find_trial
-from compress_search.cli.table import format_table
 from compress_search.exceptions import ConfigError
+from compress_search.plain_text import format_table
 from compress_search.workspace import write_text_atomically
 
 if TYPE_CHECKING:

@@ -147,9 +147,9 @@ def _look_at(name: str, storage: str | None, workspace: Path) -> optuna.Study:
     from compress_search.search.storage import open_storage
     from compress_search.workspace import Workspace
 
-    return optuna.load_study(
-        study_name=name, storage=open_storage(storage, Workspace(workspace), must_exist=True)
-    )
+    # Who looks after the workers does not wait for the database.
+    database = open_storage(storage, Workspace(workspace), must_exist=True, patience_seconds=0)
+    return optuna.load_study(study_name=name, storage=database)
 
 
 def _positive(text: str) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from compress_search.reports.pareto import Interval, ParetoData
+from compress_search.reports.pareto import ParetoData
 from compress_search.reports.pareto_look import remarks_on
+from compress_search.target import Interval
 
 _SYMBOLS = {"outside the band": "x", "in the band": "o", "on the front": "#"}
-"""By the status of a trial, from the least to the most important: the last one that falls on a place is seen."""
+"""By the status of a trial, from the least to the most important: the last that falls on a place is seen."""
 
 
 def draw_characters(data: ParetoData, *, width: int, height: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.recipe import FineTune, Recipe
 from compress_search.results import Candidate, pareto_optimal
+from compress_search.search.claims import claiming
 from compress_search.search.history import FINALIST_OF, RECIPE, current_trials
 from compress_search.search.recovery import queue_finalist, recover
 
@@ -61,7 +62,14 @@ def queue_finalists(study: optuna.Study, recipes: Mapping[int, Recipe]) -> None:
         study: The study.
         recipes: The wanted finalists' recipes, by the number of the trial that each begins with.
     """
-    trials = recover(study)
+    with claiming(study):
+        # Two processes that ask for them at the same time would both find none.
+        _queue_finalists(study, recipes, recover(study))
+
+
+def _queue_finalists(
+    study: optuna.Study, recipes: Mapping[int, Recipe], trials: Sequence[FrozenTrial]
+) -> None:
     for number, recipe in recipes.items():
         known = find_finalist(trials, number, recipe)
         # A finalist that failed is tried again, because it was asked for again.

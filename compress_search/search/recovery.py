@@ -8,7 +8,6 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from compress_search.search.history import (
@@ -27,7 +26,7 @@ from compress_search.search.history import (
     WORKER,
     is_finalist,
 )
-from compress_search.search.storage import GRACE_SECONDS
+from compress_search.search.storage import backend_of
 from compress_search.worker_process import Worker
 
 logger = logging.getLogger("compress_search")
@@ -41,16 +40,16 @@ DIED, STOPPED = "died", "stopped"
 def recover(study: optuna.Study) -> list[FrozenTrial]:
     """Fail and queue again every trial whose process is gone. Call it between two trials.
 
-    A process of this machine is looked up; of one elsewhere only the missing heartbeat tells. Also mends
-    what a process left half done that was killed while it did this very thing.
+    A process of this machine is looked up; of one elsewhere only the missing heartbeat tells, once this
+    process has missed it for long enough. Also mends what a process left half done that was killed while it
+    did this very thing.
 
     Returns:
         All trials of the study, as they are now.
     """
-    storage = study._storage
-    assert isinstance(storage, BaseHeartbeat)
-    stale = set(storage._get_stale_trial_ids(study._study_id))
-    this = Worker.this_process()
+    database = backend_of(study)
+    silent = database.silent_trials(study._study_id)
+    this, grace = Worker.this_process(), database.heartbeat.grace_seconds
     trials = study.get_trials(deepcopy=False)
     for trial in trials:
         if trial.state != TrialState.RUNNING:
@@ -59,9 +58,9 @@ def recover(study: optuna.Study) -> list[FrozenTrial]:
         if worker is not None and (worker == this or worker.is_known_dead()):
             ended = f"its process {worker.pid} on {worker.host} ended in the middle of it"
             interrupt(study, trial, DIED, ended)
-        elif trial._trial_id in stale:
+        elif trial._trial_id in silent:
             where = f"its process on {worker.host}" if worker else "its process"
-            interrupt(study, trial, DIED, f"{where} gave no sign of life for {GRACE_SECONDS} s")
+            interrupt(study, trial, DIED, f"{where} gave no sign of life for {grace:.0f} s")
     retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     for trial in trials:
         interrupted = trial.state == TrialState.FAIL and INTERRUPTED in trial.user_attrs

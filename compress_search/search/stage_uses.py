@@ -14,9 +14,10 @@ from compress_search.exceptions import StudyError, StudyMismatchError
 from compress_search.fingerprint import content_hash
 from compress_search.results import ParetoFront
 from compress_search.search.candidates import STATES, candidate_of
+from compress_search.search.database_url import parse_url, saved_url
 from compress_search.search.history import FINALIST_OF, RETRY_OF, STAGES, current_trials
 from compress_search.search.identity import Identity, is_foreign, load_identity
-from compress_search.search.storage import open_storage, parse_url, shown_url
+from compress_search.search.storage import open_storage
 from compress_search.stage_inventory import StageUses, Use
 from compress_search.workspace import Workspace, write_json_atomically
 
@@ -42,7 +43,7 @@ def remember_database(workspace: Workspace, study: str, url: str) -> None:
         parsed = parsed.set(database=str(Path(parsed.database).absolute()))
     if parsed.database == str(workspace.database.absolute()):
         return
-    write_json_atomically(workspace.study_folder(study) / _ELSEWHERE, {"storage": shown_url(parsed)})
+    write_json_atomically(workspace.study_folder(study) / _ELSEWHERE, {"storage": saved_url(parsed)})
 
 
 def stage_uses(workspace: Workspace, storage: str | None = None) -> StageUses:
@@ -99,7 +100,7 @@ def _databases(workspace: Workspace, storage: str | None, gaps: list[str]) -> It
     if workspace.database.is_file():
         yield open_storage(None, workspace, must_exist=True)
     if storage is not None:
-        opened.add(shown_url(parse_url(storage)))
+        opened.add(saved_url(parse_url(storage)))
         yield open_storage(storage, workspace, must_exist=True)
     for folder in _study_folders(workspace):
         file = folder / _ELSEWHERE

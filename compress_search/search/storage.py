@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,82 +14,130 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from optuna.storages._cached_storage import _CachedStorage
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from compress_search.exceptions import StudyError
+from compress_search.search.database_url import (
+    PASSWORD_VARIABLE,
+    parse_url,
+    shown_url,
+    with_password,
+    without_secrets,
+)
+from compress_search.search.heartbeats import Heartbeat
+from compress_search.search.patient_storage import PATIENCE_SECONDS, PatientStorage, passing_fault
 from compress_search.workspace import Workspace
 
-HEARTBEAT_SECONDS = 10
-"""A running trial says this often that its process lives."""
-GRACE_SECONDS = 60
-"""A running trial that said nothing for this long is taken for dead."""
+logger = logging.getLogger("compress_search")
+
 _SQLITE_WAIT_SECONDS = 30
+_OPENING_PAUSE = 1.0
+_WAITS: dict[str, dict[str, int]] = {
+    # Without them a network that swallows everything is waited for for a quarter of an hour.
+    "postgresql+psycopg": {
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
+    },
+    "mysql+pymysql": {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60},
+}
+"""For each driver how long it waits for the network, by its own names."""
 _DRIVERS = {
-    "postgresql": ("postgresql+psycopg", "psycopg", "pip install 'psycopg[binary]'"),
-    "mysql": ("mysql+pymysql", "pymysql", "pip install pymysql"),
-    "mariadb": ("mariadb+pymysql", "pymysql", "pip install pymysql"),
+    "postgresql": ("postgresql+psycopg", "psycopg", "pip install 'compress-search[postgresql]'"),
+    "mysql": ("mysql+pymysql", "pymysql", "pip install 'compress-search[mysql]'"),
+    "mariadb": ("mariadb+pymysql", "pymysql", "pip install 'compress-search[mysql]'"),
 }
 """For each kind of server the driver that is tried, its module, and where it comes from."""
-_SECRET = "pass"
-"""Part of the names of URL options that hold a password: ``?password=``, ``?passwd=``."""
-
-_NO_HEARTBEAT = (
-    "cannot keep a study that is to be resumed: it has no heartbeat, so a trial whose process was killed "
-    "would be running for ever{more}. Use SQLite (sqlite:///studies.db, one machine, a local disk) or "
-    "PostgreSQL (postgresql+psycopg://user@host/database)."
-)
-_REFUSED = {
-    "journal": "A journal file " + _NO_HEARTBEAT.format(more=", and one torn line makes it unreadable"),
-    "redis": "A journal in Redis " + _NO_HEARTBEAT.format(more=""),
-    "grpc": "Optuna's gRPC proxy " + _NO_HEARTBEAT.format(more=""),
-}
 
 
-def open_storage(url: str | None, workspace: Workspace, *, must_exist: bool = False) -> RDBStorage:
+def open_storage(
+    url: str | None,
+    workspace: Workspace,
+    *,
+    must_exist: bool = False,
+    heartbeat: Heartbeat | None = None,
+    patience_seconds: float = PATIENCE_SECONDS,
+    opening_seconds: float = 0.0,
+) -> PatientStorage:
     """Open, or create, the database of a study.
 
     SQLite is set up with write-ahead logging and with transactions that take the write lock when they
     begin: with Optuna's defaults two processes can both claim one waiting trial.
 
     Args:
-        url: A SQLAlchemy URL; ``None`` is the SQLite file of the workspace.
+        url: A SQLAlchemy URL; ``None`` is the SQLite file of the workspace. A server's that has no password
+            takes it from ``$COMPRESS_SEARCH_DB_PASSWORD``, if that is set.
         workspace: The workspace.
         must_exist: Refuse to create a SQLite file.
+        heartbeat: How often running trials say that they live; ``None`` is the default.
+        patience_seconds: Once it is open, a database that does not answer is waited for this long.
+        opening_seconds: The same while it is opened.
 
     Raises:
         StudyError: The URL is not one that can keep a resumable study, or the database cannot be used.
     """
-    parsed = make_sqlite_url(workspace.database) if url is None else parse_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return _connect(parsed, {"pool_pre_ping": True})
-    if parsed.database in (None, "", ":memory:"):
-        raise StudyError(
-            "A SQLite database in memory is gone when the process ends. Name a file: sqlite:///studies.db."
-        )
-    assert parsed.database is not None
-    if must_exist and not Path(parsed.database).is_file():
-        raise StudyError(
-            f"There is no database {parsed.database!r}. Name the workspace or the storage that the study was "
-            "made with: --workspace DIR or --storage URL on the command line, workspace=... or storage=... "
-            "in Python."
-        )
-    storage = _connect(
-        parsed,
-        {
+    parsed = make_sqlite_url(workspace.database) if url is None else with_password(parse_url(url))
+    if parsed.get_backend_name() == "mariadb":
+        # Optuna knows it by its older name.
+        parsed = parsed.set(drivername=parsed.drivername.replace("mariadb", "mysql", 1))
+    arguments = _server_arguments(parsed)
+    if parsed.get_backend_name() == "sqlite":
+        _check_file(parsed, must_exist=must_exist)
+        arguments = {
             # The driver begins no transaction of its own; _begin_immediately does.
             "connect_args": {"isolation_level": None, "timeout": _SQLITE_WAIT_SECONDS},
             "pool_events": [(_set_pragmas, "connect")],
-        },
-    )
-    sqlalchemy.event.listen(storage.engine, "begin", _begin_immediately)
+        }
+    deadline = time.monotonic() + opening_seconds
+    while True:
+        try:
+            storage = _connect(parsed, arguments, heartbeat or Heartbeat(), patience_seconds)
+            break
+        except StudyError as error:
+            if time.monotonic() > deadline or passing_fault(error.__cause__ or error) is None:
+                raise
+            logger.warning("%s It is tried again.", error)
+            time.sleep(_OPENING_PAUSE)
+    if parsed.get_backend_name() == "sqlite":
+        sqlalchemy.event.listen(storage.engine, "begin", _begin_immediately)
     return storage
+
+
+def _check_file(url: URL, *, must_exist: bool) -> None:
+    if url.database in (None, "", ":memory:"):
+        raise StudyError(
+            "A SQLite database in memory is gone when the process ends. Name a file: sqlite:///studies.db."
+        )
+    assert url.database is not None
+    if must_exist and not Path(url.database).is_file():
+        raise StudyError(
+            f"There is no database {url.database!r}. Name the workspace or the storage that the study was "
+            "made with: --workspace DIR or --storage URL on the command line, workspace=... or storage=... "
+            "in Python."
+        )
+
+
+def _server_arguments(url: URL) -> dict[str, Any]:
+    """What SQLAlchemy is told about a server: a connection that is dead is found out about, and soon."""
+    waits = {name: value for name, value in _WAITS.get(url.drivername, {}).items() if name not in url.query}
+    return {"pool_pre_ping": True, "connect_args": waits}
 
 
 def make_sqlite_url(path: Path) -> URL:
     """Return the SQLAlchemy URL of a SQLite file."""
     return URL.create("sqlite", database=str(path.absolute()))
+
+
+def backend_of(study: optuna.Study) -> PatientStorage:
+    """Return the database of a study, below what Optuna keeps in memory of it."""
+    storage = study._storage
+    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    assert isinstance(backend, PatientStorage)
+    return backend
 
 
 @contextmanager
@@ -103,46 +153,6 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
 
 
-def parse_url(url: object) -> URL:
-    """Read the URL of a database.
-
-    Raises:
-        StudyError: It is none, or one that cannot keep a resumable study. A password is not shown.
-    """
-    text = url if isinstance(url, str) else type(url).__name__.lower()
-    kind = text.partition("://")[0].lower()
-    for name, reason in _REFUSED.items():
-        if kind.startswith(name) or kind.endswith((f".{name}", f"{name}storage", f"{name}storageproxy")):
-            raise StudyError(reason)
-    if not isinstance(url, str):
-        raise StudyError(
-            f"storage is a {type(url).__name__}; give the URL of the database, for example sqlite:///studies.db."
-        )
-    try:
-        return make_url(url)
-    except (ArgumentError, ValueError):
-        # The value is not shown, and not chained either: it may hold a password.
-        raise StudyError(
-            "storage is not the URL of a database. Write, for example, sqlite:///studies.db or "
-            "postgresql+psycopg://user@host/database."
-        ) from None
-
-
-def shown_url(url: URL) -> str:
-    """Return a URL for people, without its password, wherever in it that stands."""
-    query = {name: "***" if _SECRET in name.lower() else value for name, value in url.query.items()}
-    # Asterisks are escaped in options, which nobody could read.
-    return url.set(query=query).render_as_string(hide_password=True).replace("%2A", "*")
-
-
-def _without_password(text: str, url: URL) -> str:
-    """Blot a URL's passwords out of what a driver said."""
-    secrets = [str(url.password or ""), *(str(v) for k, v in url.query.items() if _SECRET in k.lower())]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return text
-
-
 def _driver_remedy(url: URL) -> str:
     name = url.get_backend_name()
     if name not in _DRIVERS:
@@ -153,15 +163,17 @@ def _driver_remedy(url: URL) -> str:
     return f"Install it, or write {driver}:// and install {module}: {install}."
 
 
-def _connect(url: URL, engine_arguments: dict[str, Any]) -> RDBStorage:
+def _connect(
+    url: URL, engine_arguments: dict[str, Any], heartbeat: Heartbeat, patience_seconds: float
+) -> PatientStorage:
     shown = shown_url(url)
     try:
         with quiet_optuna():
-            return RDBStorage(
-                url.render_as_string(hide_password=False),
-                engine_kwargs=engine_arguments,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
+            return PatientStorage(
+                url,
+                engine_kwargs=dict(engine_arguments),
+                heartbeat=heartbeat,
+                patience_seconds=patience_seconds,
             )
     except (ImportError, NoSuchModuleError) as error:
         cause = error.__cause__ or error
@@ -175,9 +187,9 @@ def _connect(url: URL, engine_arguments: dict[str, Any]) -> RDBStorage:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         raise StudyError(
-            f"The database {shown} cannot be used: {_without_password(str(cause), url)}. Check that it can "
-            "be reached and written, or name another: --storage URL on the command line, storage=... in "
-            "Python."
+            f"The database {shown} cannot be used: {without_secrets(str(cause).strip(), url)}. Check that it "
+            f"can be reached and written, and that its password is in the URL or in ${PASSWORD_VARIABLE}; or "
+            "name another: --storage URL on the command line, storage=... in Python."
         ) from error
 
 

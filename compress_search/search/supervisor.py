@@ -20,7 +20,7 @@ import psutil
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import DatabaseError, StudyError
 from compress_search.progress import Advance, Progress
 from compress_search.search.history import WORKER, finished_trials
 
@@ -227,7 +227,7 @@ class _View:
     def _load(self) -> list[FrozenTrial] | None:
         try:
             trials = self._study.get_trials(deepcopy=False)
-        except StorageInternalError as error:
+        except (StorageInternalError, DatabaseError) as error:
             if not self._failed:
                 logger.warning("The database does not answer; the workers go on: %s", error)
             self._failed = True

@@ -12,17 +12,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from compress_search.exceptions import RatioError, StudyError
+from compress_search.exceptions import DatabaseError, RatioError, StudyError
 from compress_search.progress import Progress
 from compress_search.repeating import repeating
 from compress_search.results import format_param
-from compress_search.search.claims import claiming
+from compress_search.search.claims import Claims, claiming
 from compress_search.search.history import (
     REASON,
     RETRY_OF,
@@ -39,7 +39,7 @@ from compress_search.search.recovery import (
     queue_retry,
     recover,
 )
-from compress_search.search.storage import HEARTBEAT_SECONDS
+from compress_search.search.storage import backend_of
 from compress_search.stopping import StopSwitch
 from compress_search.worker_process import Worker
 
@@ -92,19 +92,28 @@ def run_trials(
             "What is finished is kept: resume the study when the database can be reached."
         ) from error
     except (KeyboardInterrupt, SystemExit):
-        this = Worker.this_process().to_dict()
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get(WORKER) == this:
-                interrupt(study, trial, STOPPED, "the search was stopped")
-                progress.say(
-                    f"Stopped. Nothing that is finished is lost, and trial {trial.number} goes on where it "
-                    "was when the study is run again."
-                )
+        _leave(study, progress)
         raise
 
 
 def _never(trials: Sequence[FrozenTrial]) -> bool:
     return False
+
+
+def _leave(study: optuna.Study, progress: Progress) -> None:
+    """Queue what this process runs again, so that nobody has to find out that it has ended."""
+    this = Worker.this_process().to_dict()
+    try:
+        with backend_of(study).without_patience():
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if trial.user_attrs.get(WORKER) == this:
+                    interrupt(study, trial, STOPPED, "the search was stopped")
+                    progress.say(
+                        f"Stopped. Nothing that is finished is lost, and trial {trial.number} goes on where "
+                        "it was when the study is run again."
+                    )
+    except DatabaseError as error:
+        progress.say(f"Stopped while the database is away; nothing that is finished is lost. {error}")
 
 
 def _run_trials(
@@ -115,8 +124,8 @@ def _run_trials(
     is_enough: Callable[[Sequence[FrozenTrial]], bool],
     progress: Progress,
 ) -> None:
-    with claiming(study):
-        trials = recover(study)
+    database = backend_of(study)
+    trials = database.until_answered(lambda: _recovered(study))
     shown, finalists = len(finished_trials(trials)), len(pending_finalists(trials))
     if is_enough(trials):
         n_trials = 0
@@ -127,27 +136,18 @@ def _run_trials(
     first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
     with progress.bar("trials", max(n_trials, shown) + finalists, done=shown) as advance:
         while deadline is None or time.monotonic() < deadline:
-            # From the count to the claim nobody else may claim.
-            with claiming(study):
-                trials = recover(study)
-                finished, pending = len(finished_trials(trials)), pending_finalists(trials)
-                if is_enough(trials):
-                    n_trials = 0
-                running = sum(t.state == TrialState.RUNNING and not is_finalist(t) for t in trials)
-                is_over = finished >= n_trials and not pending
-                only_finalists = finished + running >= n_trials
-                nothing_waits = only_finalists and all(t.state == TrialState.RUNNING for t in pending)
-                trial = None if nothing_waits else _claim(study, only_finalists=only_finalists)
-            for _ in range(shown, finished):
+            step = _next_step(study, n_trials, is_enough)
+            for _ in range(shown, step.finished):
                 advance("by another process")
-            shown = max(shown, finished)
-            if is_over:
+            shown = max(shown, step.finished)
+            if step.is_over:
                 return
-            if nothing_waits:
+            if step.trial is None:
                 # What the others run may still be interrupted, and then it has to be taken over.
                 time.sleep(_WAITING_SECONDS)
                 continue
-            if trial is None or drop_if_duplicate(study, trial):
+            trial = optuna.Trial(study, step.trial)
+            if drop_if_duplicate(study, trial):
                 continue
             ended = _run(study, trial, objective)
             if ended is None:
@@ -165,28 +165,81 @@ def _run_trials(
                 _stop_if_all_fail_alike(study, first_ends)
 
 
-def _claim(study: optuna.Study, *, only_finalists: bool) -> optuna.Trial | None:
+def _recovered(study: optuna.Study) -> list[FrozenTrial]:
+    with claiming(study):
+        return recover(study)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a process found when it asked for a trial.
+
+    Attributes:
+        finished: How many trials are finished.
+        is_over: Whether nothing is left to do, not even to wait.
+        trial: Id of the trial that it claimed, if there was one to claim.
+    """
+
+    finished: int
+    is_over: bool
+    trial: int | None
+
+
+def _next_step(
+    study: optuna.Study, n_trials: int, is_enough: Callable[[Sequence[FrozenTrial]], bool]
+) -> _Step:
+    """Count the trials, and claim one if there are too few."""
+    claimed: list[int] = []
+
+    def step() -> _Step:
+        # From the count to the claim nobody else may claim.
+        with claiming(study) as claims:
+            if claimed and (mine := _claimed_already(study, claimed[-1])) is not None:
+                return mine
+            trials = recover(study)
+            finished, pending = len(finished_trials(trials)), pending_finalists(trials)
+            wanted = 0 if is_enough(trials) else n_trials
+            if finished >= wanted and not pending:
+                return _Step(finished, True, None)
+            running = sum(t.state == TrialState.RUNNING and not is_finalist(t) for t in trials)
+            only_finalists = finished + running >= wanted
+            if only_finalists and all(t.state == TrialState.RUNNING for t in pending):
+                return _Step(finished, False, None)
+            return _Step(finished, False, _claim(study, claims, claimed, only_finalists=only_finalists))
+
+    return backend_of(study).until_answered(step)
+
+
+def _claimed_already(study: optuna.Study, trial_id: int) -> _Step | None:
+    """Find a trial that was claimed although the database could not say so any more."""
+    trial = study._storage.get_trial(trial_id)
+    this = Worker.this_process().to_dict()
+    if trial.state != TrialState.RUNNING or trial.user_attrs.get(WORKER) != this:
+        return None
+    return _Step(len(finished_trials(study.get_trials(deepcopy=False))), False, trial_id)
+
+
+def _claim(study: optuna.Study, claims: Claims, claimed: list[int], *, only_finalists: bool) -> int | None:
     """Take the first waiting trial, or a new one; or else a waiting finalist, if there is still one.
 
     ``Study.ask`` is not used: it has no heartbeat, so that a process killed right after it would leave a
-    trial that runs for ever. Here the heartbeat is older than the running state.
+    trial that runs for ever.
+
+    Args:
+        study: The study.
+        claims: The right to claim.
+        claimed: Gets the ids of the trials that are claimed, before they are.
+        only_finalists: Whether nothing else is to be claimed.
     """
-    storage = study._storage
-    assert isinstance(storage, BaseHeartbeat)
     while True:
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if only_finalists:
             waiting = pending_finalists(waiting)
         # What was interrupted goes on first.
         for trial in sorted(waiting, key=lambda t: (RETRY_OF not in t.user_attrs, t.number)):
-            storage.record_heartbeat(trial._trial_id)
-            try:
-                mine = storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-            except UpdateFinishedTrialError:
-                continue
-            if mine:
-                storage.set_trial_user_attr(trial._trial_id, WORKER, Worker.this_process().to_dict())
-                return optuna.Trial(study, trial._trial_id)
+            claimed.append(trial._trial_id)
+            if claims.take(trial._trial_id):
+                return trial._trial_id
         if not waiting and only_finalists:
             return None
         if not waiting:
@@ -215,7 +268,7 @@ def _run(
             except RatioError as unreachable:
                 # No fault of the run: the sampler is to learn that there is nothing here.
                 state, note, error = TrialState.PRUNED, str(unreachable), unreachable
-            except (StorageInternalError, UpdateFinishedTrialError):
+            except (StorageInternalError, UpdateFinishedTrialError, DatabaseError):
                 raise
             except Exception as raised:
                 state, note, error = TrialState.FAIL, f"{type(raised).__name__}: {raised}", raised
@@ -260,14 +313,15 @@ def _stop_if_all_fail_alike(
 @contextmanager
 def _heartbeat(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
     """Say regularly that the trial's process lives, whatever the database answers."""
-    storage = study._storage
-    assert isinstance(storage, BaseHeartbeat)
+    database = backend_of(study)
 
     def beat() -> None:
         try:
-            storage.record_heartbeat(trial._trial_id)
+            database.record_heartbeat(trial._trial_id)
+            # Who looks on now and then misses the heartbeats of those who are gone.
+            database.silent_trials(study._study_id)
         except Exception as error:
             logger.warning("The heartbeat of trial %d was not written: %s", trial.number, error)
 
-    with repeating(beat, seconds=HEARTBEAT_SECONDS, name=f"heartbeat of trial {trial.number}"):
+    with repeating(beat, seconds=database.heartbeat.seconds, name=f"heartbeat of trial {trial.number}"):
         yield

@@ -1,6 +1,9 @@
-"""A stage runner that computes in no time, and studies on a database of their own."""
+"""A stage runner that computes in no time, and studies on a database of their own, of any kind."""
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 from optuna.study import create_study
@@ -15,6 +18,10 @@ from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
 from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.workspace import Workspace
+
+_spec = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
+_servers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_servers)
 
 REFERENCE = Reference(accuracy=0.9, macs=1_000_000, params=1000)
 
@@ -93,14 +100,51 @@ def sampler_of(settings):
     return ReproducibleSampler(SAMPLERS[settings.sampler], settings.seed, by_accuracy=single)
 
 
+@pytest.fixture(scope="session")
+def postgresql():
+    """A PostgreSQL server."""
+    server = _servers.PostgreSQL()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def mariadb():
+    """A MariaDB server."""
+    server = _servers.MariaDB()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def new_study(tmp_path, make_settings):
-    """Make an empty study on a database of its own."""
+def database(request):
+    """The kind of database; SQLite where a test does not ask for others (``indirect``)."""
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture
+def database_url(request, database, tmp_path):
+    """Return the URL of a database by a name of the test's own; the same name is the same database."""
+    urls = {}
+
+    def url(name="study"):
+        if database == "sqlite":
+            return f"sqlite:///{tmp_path / name}.db"
+        if name not in urls:
+            urls[name] = request.getfixturevalue(database).new_database()
+        return urls[name]
+
+    return url
+
+
+@pytest.fixture
+def new_study(tmp_path, make_settings, database_url):
+    """Make an empty study on a database of its own, or open it."""
     storages = []
 
-    def make(name="study", settings=None):
+    def make(name="study", settings=None, **options):
         settings = settings or make_settings()
-        storage = open_storage(f"sqlite:///{tmp_path / name}.db", Workspace(tmp_path))
+        storage = open_storage(database_url(name), Workspace(tmp_path), **options)
         storages.append(storage)
         with quiet_optuna():
             return create_study(

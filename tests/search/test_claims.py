@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from compress_search.search.history import finished_trials
 
 N_TRIALS = 6
@@ -19,10 +21,8 @@ from compress_search.search.storage import open_storage
 from compress_search.stopping import StopSwitch
 from compress_search.workspace import Workspace
 
-folder, n_trials = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-study = optuna.load_study(
-    study_name="study", storage=open_storage(f"sqlite:///{folder / 'study.db'}", Workspace(folder))
-)
+folder, n_trials, url = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+study = optuna.load_study(study_name="study", storage=open_storage(url, Workspace(folder)))
 print("ready", flush=True)
 while not (folder / "go").exists():
     time.sleep(0.001)
@@ -45,9 +45,10 @@ worker.run_trials(study, objective, n_trials=n_trials, progress=progress, stop=S
 """
 
 
-def test_processes_that_claim_at_the_same_time_do_not_overshoot_the_total(new_study, tmp_path):
+@pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"], indirect=True)
+def test_processes_that_claim_at_the_same_time_do_not_overshoot_the_total(new_study, database_url, tmp_path):
     study = new_study()
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(N_TRIALS)]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(N_TRIALS), database_url()]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
     for process in processes:
         assert process.stdout.readline() == b"ready\n"

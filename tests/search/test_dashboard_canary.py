@@ -1,4 +1,4 @@
-"""What this package relies on in the dashboard: when a new version changes it, look at the search/dashboard files."""
+"""What this package relies on in the dashboard: when that changes, look at the search/dashboard files."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ import pytest
 import sqlalchemy
 
 from compress_search.exceptions import StudyError
+from compress_search.search.heartbeats import Heartbeat
 from compress_search.search.stage_uses import remember_database
-from compress_search.search.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, open_storage
+from compress_search.search.storage import open_storage
 from compress_search.workspace import Workspace
 
 
@@ -25,8 +26,8 @@ def test_sqlite_is_set_up_to_lose_nothing(workspace):
             for name in ("journal_mode", "synchronous", "busy_timeout")
         ]
     assert pragmas == ["wal", 1, 30_000]
-    assert (storage.heartbeat_interval, storage.grace_period) == (HEARTBEAT_SECONDS, GRACE_SECONDS)
-    assert HEARTBEAT_SECONDS * 3 <= GRACE_SECONDS
+    assert storage.heartbeat == Heartbeat()
+    assert Heartbeat().seconds * 3 <= Heartbeat().grace_seconds
     storage.engine.dispose()
 
 
@@ -82,8 +83,12 @@ def test_errors_do_not_show_passwords(workspace, url):
 @pytest.mark.parametrize(
     ("url", "module", "remedy"),
     [
-        ("postgresql+psycopg://me@host/db", "psycopg", r"Install it: pip install 'psycopg\[binary\]'\."),
-        ("mysql+pymysql://me@host/db", "pymysql", "Install it: pip install pymysql."),
+        (
+            "postgresql+psycopg://me@host/db",
+            "psycopg",
+            r"Install it: pip install 'compress-search\[postgresql\]'\.",
+        ),
+        ("mysql+pymysql://me@host/db", "pymysql", r"Install it: pip install 'compress-search\[mysql\]'\."),
         ("mysql+mysqldb://me@host/db", "MySQLdb", r"or write mysql\+pymysql:// and install pymysql: pip"),
         ("nosuch://me@host/db", "nosuch", "Use SQLite"),
     ],
@@ -97,12 +102,13 @@ def test_a_driver_that_is_missing_is_named_with_what_installs_it(workspace, monk
 def test_what_a_server_says_is_told_without_the_password(workspace, monkeypatch):
     # As if the driver had repeated the whole address in its error.
     def refuse(url, **arguments):
-        assert arguments["engine_kwargs"] == {"pool_pre_ping": True}
+        assert arguments["engine_kwargs"]["pool_pre_ping"]
+        url = url.render_as_string(hide_password=False)
         assert url == "postgresql+psycopg://me:secret@host/db?password=hidden"
         driver_error = ConnectionError(f"no route to {url}")
         raise sqlalchemy.exc.OperationalError("", {}, driver_error)
 
-    monkeypatch.setattr("compress_search.search.storage.RDBStorage", refuse)
+    monkeypatch.setattr("compress_search.search.storage.PatientStorage", refuse)
     with pytest.raises(StudyError, match="cannot be used: no route to postgresql") as caught:
         open_storage("postgresql+psycopg://me:secret@host/db?password=hidden", workspace)
     assert "secret" not in str(caught.value) and "hidden" not in str(caught.value)
@@ -113,7 +119,7 @@ def test_the_folder_of_a_study_does_not_note_passwords(workspace):
     workspace.prepare()
     remember_database(workspace, "digits", "postgresql+psycopg://me:secret@host/db?password=hidden")
     noted = (workspace.study_folder("digits") / "database.json").read_text()
-    assert "me:***@host/db" in noted
+    assert '"postgresql+psycopg://me@host/db"' in noted
     assert "secret" not in noted and "hidden" not in noted
 
 

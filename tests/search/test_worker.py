@@ -9,6 +9,7 @@ import signal
 import threading
 
 import pytest
+import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from rich.console import Console
@@ -16,12 +17,16 @@ from rich.console import Console
 from compress_search.exceptions import StudyError
 from compress_search.progress import Progress
 from compress_search.search import worker
+from compress_search.search.heartbeats import Heartbeat
 from compress_search.search.history import current_trials, finished_trials
 from compress_search.search.recovery import MOST_RETRIES
 from compress_search.search.space import enqueue_anchors
+from compress_search.search.storage import backend_of
 from compress_search.search.worker import run_trials
 from compress_search.stopping import StopSwitch
 from compress_search.worker_process import Worker
+
+every_database = pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"], indirect=True)
 
 
 class Killed(BaseException):
@@ -71,14 +76,15 @@ def test_a_finished_study_runs_nothing(new_study, objective, runner):
     assert len(study.trials) == 3
 
 
+@every_database
 def test_the_trials_are_proposed_under_a_heartbeat_and_say_who_runs_them(new_study, objective, runner):
     study = new_study()
     with_heartbeat = []
 
     def look(trial):
         with study._storage._backend.engine.connect() as connection:
-            query = "SELECT COUNT(*) FROM trial_heartbeats WHERE trial_id = ?"
-            with_heartbeat.append(connection.exec_driver_sql(query, (trial._trial_id,)).scalar())
+            query = "SELECT COUNT(*) FROM trial_heartbeats WHERE trial_id = :id"
+            with_heartbeat.append(connection.scalar(sqlalchemy.text(query), {"id": trial._trial_id}))
         assert trial.user_attrs["worker"] == Worker.this_process().to_dict()
         return objective(runner)(trial)
 
@@ -164,15 +170,18 @@ def undisturbed(new_study, objective, runner, make_settings):
 
 
 @pytest.mark.parametrize(
-    ("error", "stop_at"),
+    ("database", "error", "stop_at"),
     [
         *(
-            (error, stop_at)
+            ("sqlite", error, stop_at)
             for error in (KeyboardInterrupt, Killed)
             for stop_at in ((1,), (2, 3, 9), (24, 26))
         ),
-        (SystemExit, (7,)),
+        ("sqlite", SystemExit, (7,)),
+        ("postgresql", Killed, (2, 3, 9)),
+        ("mariadb", Killed, (2, 3, 9)),
     ],
+    indirect=["database"],
 )
 def test_a_resumed_study_is_the_undisturbed_one(
     error, stop_at, new_study, objective, make_settings, undisturbed, runner
@@ -220,9 +229,6 @@ def test_an_interruption_between_two_writes_changes_nothing_either(
     with pytest.raises(error):
         search(study, objective(runner), N_TRIALS)
     study = new_study()
-    # A process that died before it could say who it is gives no sign of life any more.
-    with study._storage._backend.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
     search(study, objective(runner), N_TRIALS)
     assert outcome(study) == undisturbed[0]
 
@@ -352,8 +358,7 @@ def test_no_trial_is_begun_after_the_timeout(new_study, objective, runner):
 
 
 def test_a_heartbeat_that_fails_does_not_end_the_trial(new_study, objective, runner, monkeypatch, caplog):
-    study = new_study()
-    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.01)
+    study = new_study(heartbeat=Heartbeat(0.01, 1.0))
     beat = threading.Event()
 
     def fail(trial_id):
@@ -361,7 +366,7 @@ def test_a_heartbeat_that_fails_does_not_end_the_trial(new_study, objective, run
         raise StorageInternalError("away")
 
     def slow(trial):
-        monkeypatch.setattr(study._storage, "record_heartbeat", fail)
+        monkeypatch.setattr(backend_of(study), "record_heartbeat", fail)
         assert beat.wait(10)
         return objective(runner)(trial)
 
