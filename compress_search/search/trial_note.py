@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from compress_search.plain_text import duration
 from compress_search.plan import CompressionPlan
 from compress_search.reports.answer import summary_of, why_no_answer
-from compress_search.plain_text import duration
 from compress_search.reports.formatting import count, ratio
 from compress_search.reports.layers import LayerRow
 from compress_search.reports.plan_changes import plan_changes

