@@ -1,11 +1,17 @@
-"""``compress-search status``: how far a study is."""
+"""``compress-search status``: how far a study is, once or for as long as it runs."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from typing import Any
 
 from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.cli.watching import add_watch_option, watch
+
+_HEIGHT = 16
+_CLEAR = "\x1b[2J\x1b[H"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,11 +29,37 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="everything about one trial: its stages, its process, its retries, why it ended as it did",
     )
+    add_watch_option(parser, "--watch", "show it again, with the front drawn in characters,")
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the status."""
-    study = find_study(args).open()
+    place = find_study(args)
+    if args.watch is not None and args.trial is None:
+        from compress_search.reports.pareto import pareto_data
+        from compress_search.reports.pareto_characters import draw_characters
+
+        on_terminal = sys.stdout.isatty()
+        last = ""
+
+        def look() -> bool:
+            nonlocal last
+            study = place.open()
+            status, front = study.status(), study.front()
+            width = shutil.get_terminal_size().columns - 1
+            drawing = draw_characters(pareto_data(front), width=width, height=_HEIGHT)
+            shown = f"{status}\n\n{drawing}"
+            if on_terminal:
+                print(_CLEAR + shown, flush=True)
+            elif shown != last:
+                # In a file or a pipe: only what has changed.
+                print(shown + "\n", flush=True)
+            last = shown
+            return status.is_over
+
+        watch(look, seconds=args.watch)
+        return 0
+    study = place.open()
     print(study.status() if args.trial is None else study.trial_history(args.trial))
     return 0

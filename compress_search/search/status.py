@@ -38,6 +38,7 @@ class StudyStatus:
         reference: The original model.
         wanted: Total number of finished trials that was last asked for; ``None`` if it never ran.
         stop_when: What was asked for that ends it sooner, in words; ``None`` for nothing.
+        is_enough: Whether that has come true.
         counts: Number of trials by state. Those that a retry stands in for are not counted, nor finalists.
         finalists: Number of finalists by state.
         running: Per running trial, its number and its finished stages.
@@ -54,6 +55,7 @@ class StudyStatus:
     reference: Reference
     wanted: int | None
     stop_when: str | None
+    is_enough: bool
     counts: Mapping[str, int]
     finalists: Mapping[str, int]
     running: Mapping[int, tuple[str, ...]]
@@ -94,6 +96,13 @@ class StudyStatus:
     def finished(self) -> int:
         """Number of trials that count towards the total."""
         return sum(self.counts[state] for state in ("complete", "pruned", "failed"))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs, and nothing more was asked for."""
+        waits = self.running or self.finalists.get("waiting")
+        enough = self.is_enough or (self.wanted is not None and self.finished >= self.wanted)
+        return enough and not waits
 
     def __str__(self) -> str:
         wanted = f" of {self.wanted}" if self.wanted is not None else ""
@@ -182,6 +191,7 @@ def status_of(
         reference=front.reference,
         wanted=wanted,
         stop_when=None if stop_when is None else stop_when.outlook(front.candidates),
+        is_enough=stop_when is not None and stop_when.met_by(front.candidates) is not None,
         counts={state: counted[state] for state in STATES.values()},
         finalists=Counter(STATES[trial.state] for trial in current if is_finalist(trial)),
         running={trial.number: tuple(stage_names(_stages_of(trial))) for trial in running},

@@ -15,6 +15,7 @@ from compress_search.search.study import CompressionStudy, create_study, load_st
 from compress_search.task_path import load_task
 
 Finished = tuple[Path, str, str]
+Patch = pytest.MonkeyPatch
 Output = pytest.CaptureFixture[str]
 
 
@@ -74,6 +75,51 @@ def test_status_tells_everything_of_one_trial(copy: Path, capsys: Output) -> Non
     assert "(removed)" not in text
     assert main(["status", "tiny", "--trial", "99"]) == 2
     assert "has no trial 99; its trials are 0 to " in capsys.readouterr().err
+
+
+def test_status_is_watched_until_the_study_is_over(copy: Path, capsys: Output) -> None:
+    assert main(["status", "tiny", "--watch", "0.01"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 trials finished" in shown and "MACs kept" in shown
+    assert shown.count("2 of 2 trials finished") == 1
+
+
+def test_a_study_is_watched_while_it_is_not_over(copy: Path, capsys: Output, monkeypatch: Patch) -> None:
+    load_study("tiny").optuna_study.set_user_attr("n_trials", 3)
+    looks = iter([None, None])
+
+    def look_again(seconds: float) -> None:
+        assert seconds == 5
+        if next(looks, "no more") == "no more":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress_search.cli.watching.time.sleep", look_again)
+    assert main(["status", "tiny", "--watch"]) == 0
+    # Not on a terminal, what has not changed is not said again.
+    assert capsys.readouterr().out.count("2 of 3 trials finished") == 1
+    assert next(looks, "no more") == "no more"
+
+
+def test_report_follows_a_study_until_it_is_over(copy: Path, capsys: Output, monkeypatch: Patch) -> None:
+    study = load_study("tiny").optuna_study
+    study.set_user_attr("n_trials", 3)
+    page = copy / "runs/tiny/report.html"
+
+    def goes_on(seconds: float) -> None:
+        assert 'followStudy(7.0)' in page.read_text()
+        study.set_user_attr("n_trials", 2)
+
+    monkeypatch.setattr("compress_search.cli.watching.time.sleep", goes_on)
+    assert main(["report", "tiny", "--follow", "7"]) == 0
+    assert capsys.readouterr().out.startswith("Following the study: ")
+    assert 'followStudy(7.0)' not in page.read_text()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "often"])
+def test_watching_takes_a_number_of_seconds(seconds: str, copy: Path, capsys: Output) -> None:
+    with pytest.raises(SystemExit):
+        main(["status", "tiny", "--watch", seconds])
+    assert f"'{seconds}' is no number of seconds above 0" in capsys.readouterr().err
 
 
 def test_resume_finds_a_workspace_that_was_moved(copy: Path, capsys: Output) -> None:
