@@ -228,7 +228,7 @@ class ParetoFront:
             return feasible[-1]
         for candidate in feasible:
             assert candidate.drop is not None
-            if candidate.drop <= max_drop:
+            if within(candidate.drop, max_drop):
                 return candidate
         nearest = feasible[-1]
         assert nearest.drop is not None
@@ -240,6 +240,11 @@ class ParetoFront:
 
     def __str__(self) -> str:
         return format_candidates(self.best)
+
+
+def within(drop: float, most: float) -> bool:
+    """Whether a drop is at most another; what binary fractions add to 0.98 - 0.97 is not counted."""
+    return drop <= most + 1e-9
 
 
 def pareto_optimal(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

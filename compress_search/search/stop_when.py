@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress_search.exceptions import ConfigError
-from compress_search.results import Candidate
+from compress_search.results import Candidate, within
 from compress_search.search.settings import SearchSettings
 from compress_search.target import band_of
 
@@ -74,7 +74,7 @@ class StopWhen:
         if not candidate.feasible:
             return False
         assert candidate.drop is not None and candidate.mac_ratio is not None
-        return candidate.drop <= self.max_drop and candidate.mac_ratio <= (self.mac_ratio or 1)
+        return within(candidate.drop, self.max_drop) and candidate.mac_ratio <= (self.mac_ratio or 1)
 
 
 def _is_number(value: Any) -> bool:

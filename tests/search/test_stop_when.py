@@ -36,6 +36,7 @@ def changed(**changes):
         (StopWhen(max_drop=0.0099, mac_ratio=0.5), False),
         (StopWhen(max_drop=0.01, mac_ratio=0.4999), False),
         (StopWhen(max_drop=0.01), True),
+        (StopWhen(max_drop=0.01 - 1e-17), True),
         (StopWhen(), False),
     ],
 )
@@ -45,6 +46,8 @@ def test_both_numbers_have_to_be_met_by_one_feasible_candidate(stop_when, is_met
     assert stop_when.met_by([changed(feasible=False)]) is None
     halves = [changed(drop=0.2, mac_ratio=0.1), changed(drop=-0.1, mac_ratio=0.6)]
     assert StopWhen(max_drop=0.01, mac_ratio=0.5).met_by(halves) is None
+    assert 0.98 - 0.97 > 0.01
+    assert StopWhen(max_drop=0.01).met_by([changed(drop=0.98 - 0.97)]) is not None
     unfinished = Candidate(4, "running", {})
     assert stop_when.met_by([unfinished]) is None
 
