@@ -128,7 +128,9 @@ class LatencyTable:
 
     def cells(self) -> list[list[str]]:
         """The table as text, its titles first; times in milliseconds as ``median (lower-upper)``."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row.times)) or [COMPRESSED]
+        # In this order, also after a file that has them in another.
+        measured = {name for row in self.rows for name in row.times}
+        names = [name for name in (ORIGINAL, COMPRESSED) if name in measured] or [COMPRESSED]
         titles = ["runtime", "batch", *(f"{name}, ms" for name in names), "speed-up"]
         return [titles, *(_cells_of(row, names) for row in self.rows)]
 

@@ -52,7 +52,7 @@ def parent():
 
 
 def dead():
-    return dataclasses.replace(parent(), started=1.0)
+    return dataclasses.replace(parent(), started=-1e6)
 
 
 def elsewhere():

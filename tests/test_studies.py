@@ -49,7 +49,9 @@ def imagenet():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_launched_by_its_first_line(path):
     assert path.read_text().splitlines()[0] == f"# compress-search run configs/{path.name}"
-    assert StudyConfig.load(path).task == f"{ROOT / 'studies' / path.stem}.py:make_task"
+    # Two configurations of the same task share its script.
+    script = "digits" if path.stem.startswith("digits") else path.stem
+    assert StudyConfig.load(path).task == f"{ROOT / 'studies' / script}.py:make_task"
 
 
 @pytest.mark.parametrize("name", [*CIFAR10, *IMAGENET])

@@ -106,13 +106,13 @@ def test_report_follows_a_study_until_it_is_over(copy: Path, capsys: Output, mon
     page = copy / "runs/tiny/report.html"
 
     def goes_on(seconds: float) -> None:
-        assert 'followStudy(7.0)' in page.read_text()
+        assert "followStudy(7.0)" in page.read_text()
         study.set_user_attr("n_trials", 2)
 
     monkeypatch.setattr("compress_search.cli.watching.time.sleep", goes_on)
     assert main(["report", "tiny", "--follow", "7"]) == 0
     assert capsys.readouterr().out.startswith("Following the study: ")
-    assert 'followStudy(7.0)' not in page.read_text()
+    assert "followStudy(7.0)" not in page.read_text()
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "often"])

@@ -57,7 +57,7 @@ def test_a_process_of_this_machine_is_looked_up(new_study):
     dead = [
         running(study, of_ended_process()),
         running(study, of_zombie(processes)),
-        running(study, dataclasses.replace(of_parent(), started=1.0)),
+        running(study, dataclasses.replace(of_parent(), started=-1e6)),
         running(study, Worker.this_process()),
     ]
     alive = [running(study, of_parent())]

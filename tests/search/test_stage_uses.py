@@ -103,7 +103,7 @@ def test_the_workspaces_own_database_is_not_noted_and_a_password_neither(tmp_pat
     assert not workspace.study_folder("own").exists()
     remember_database(workspace, "other", "postgresql+psycopg://me:secret@host/db")
     text = (workspace.study_folder("other") / "database.json").read_text()
-    assert "secret" not in text and json.loads(text)["storage"].startswith("postgresql+psycopg://me:")
+    assert "secret" not in text and json.loads(text)["storage"].startswith("postgresql+psycopg://me@")
 
 
 def test_a_folder_of_an_unknown_study_is_a_gap_and_other_folders_are_not(create):

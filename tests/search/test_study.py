@@ -551,7 +551,7 @@ def test_the_status_tells_a_trial_whose_process_is_gone_from_a_running_one(creat
     study = create()
     storage, number = study.optuna_study._storage, study.optuna_study._study_id
     here = Worker.this_process()
-    for worker in (here, dataclasses.replace(here, started=1.0)):
+    for worker in (here, dataclasses.replace(here, started=-1e6)):
         trial = storage.create_new_trial(number)
         storage.set_trial_user_attr(trial, "worker", worker.to_dict())
     text = str(study.status())

@@ -100,7 +100,7 @@ def test_a_retry_made_needless_by_another_one(study_in_memory, history):
 
 def test_a_running_trial_whose_process_is_gone_is_told_from_one_that_runs(study_in_memory, history):
     study = study_in_memory()
-    for worker in (Worker.this_process(), dataclasses.replace(Worker.this_process(), started=1.0)):
+    for worker in (Worker.this_process(), dataclasses.replace(Worker.this_process(), started=-1e6)):
         study.ask().set_user_attr("worker", worker.to_dict())
     assert str(history(study, 0)).startswith(f"Trial 0 is running.\nWorker: {Worker.this_process()}.\n")
     gone = str(history(study, 1))
