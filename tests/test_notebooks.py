@@ -16,13 +16,6 @@ pytest.importorskip("ipywidgets", reason="the notebooks need compress-search[not
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = "01_first_study"
-"""Run with every test; the others with the slow ones."""
-
-
-def as_params(notebooks):
-    slow = [pytest.mark.slow, pytest.mark.timeout(600)]
-    return [pytest.param(n, id=n.stem, marks=[] if n.stem == QUICK else slow) for n in notebooks]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
@@ -33,7 +26,9 @@ def test_are_committed_without_outputs(notebook):
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
-@pytest.mark.parametrize("notebook", as_params(NOTEBOOKS))
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_run_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     # Beside the studies and configurations, as in a checkout, but with its results elsewhere.

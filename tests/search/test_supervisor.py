@@ -222,6 +222,7 @@ def one_round(folder, *, workers, n_trials, kills, seed):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_the_total_is_exact(tmp_path):
     anchors, _ = one_round(tmp_path, workers=2, n_trials=5, kills=1, seed=7)
     assert len(anchors) == 4
