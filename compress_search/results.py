@@ -13,6 +13,7 @@ from torch import nn
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.checkpoint import load_weights
 from compress_search.exceptions import PlanError, StudyError, WorkspaceError
+from compress_search.html_table import html_table
 from compress_search.plain_text import format_table
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
@@ -160,6 +161,25 @@ class Candidate:
         load_weights(model, self.weights, remedy=MADE_AGAIN)
         return model.eval()
 
+    def _repr_html_(self) -> str:
+        """Show the candidate in a notebook: a row for each of its stages."""
+        scale = AccuracyScale.of(stage.accuracy for stage in self.stages)
+        head = ["stage", f"accuracy{scale.unit}", "mac_ratio", "seconds", "reused"]
+        rows = [
+            [
+                stage.name,
+                f"{scale.factor * stage.accuracy:.2f}",
+                f"{stage.mac_ratio:.4f}",
+                f"{stage.seconds:.1f}",
+                "yes" if stage.reused else "",
+            ]
+            for stage in self.stages
+        ]
+        params = ", ".join(f"{name} {format_param(self.params[name])}" for name in param_names([self]))
+        said = "" if self.reason is None else f": {self.reason}"
+        caption = f"Trial {self.number} ({params}) is {self.state}{said}"
+        return html_table([head, *rows], right=head[1:-1], caption=caption)
+
     def _finished_folder(self) -> Path:
         if self.folder is None:
             raise StudyError(
@@ -241,6 +261,13 @@ class ParetoFront:
     def __str__(self) -> str:
         return format_candidates(self.best)
 
+    def _repr_html_(self) -> str:
+        """Show the front in a notebook."""
+        rows = _cells_of(self.best)
+        original = AccuracyScale.of([self.reference.accuracy]).accuracy(self.reference.accuracy)
+        caption = f"The front of {len(self.candidates)} trials; the original has {original}"
+        return html_table(rows, right=rows[0], caption=caption)
+
 
 def within(drop: float, most: float) -> bool:
     """Whether a drop is at most another; what binary fractions add to 0.98 - 0.97 is not counted."""
@@ -272,6 +299,12 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
     variable, achieved ``mac_ratio``, validation accuracy and drop (both in % where accuracies are shares),
     seconds.
     """
+    rows = _cells_of(candidates)
+    return format_table(rows, right=rows[0])
+
+
+def _cells_of(candidates: Sequence[Candidate]) -> list[list[str]]:
+    """The cells of the table of complete candidates, its titles first."""
     names = param_names(candidates)
     scale = AccuracyScale.of(c.accuracy for c in candidates if c.accuracy is not None)
     of = ["finalist of"] if any(c.finalist_of is not None for c in candidates) else []
@@ -288,7 +321,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         ]
         for c in candidates
     ]
-    return format_table([header, *rows], right=header)
+    return [header, *rows]
 
 
 def param_names(candidates: Iterable[Candidate]) -> list[str]:

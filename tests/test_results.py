@@ -216,3 +216,16 @@ def test_a_stored_candidate_with_one_flipped_bit_is_refused(file, error, tiny_ne
     (tmp_path / file).write_bytes(content)
     with pytest.raises(error, match=f"of trial 0, .* is damaged: {file} does not have the checksum"):
         found.load_model()
+
+
+def test_a_notebook_shows_the_front_and_a_candidates_stages():
+    page = front(candidate(0, 0.875, 0.5), candidate(1, 0.5, 0.505))._repr_html_()
+    assert "The front of 2 trials; the original has 90.00 %" in page
+    assert page.count("<tr>") == 2 and ">87.50<" in page
+    stages = (
+        StageResult("a", "spatial_svd", 0.8, 750, 80, 0.75, 1.5, True),
+        StageResult("b", "fine_tune", 0.85, 750, 80, 0.75, 2.5, False),
+    )
+    page = candidate(3, 0.85, 0.5, stages=stages, reason="<why>")._repr_html_()
+    assert "Trial 3 (c_ssvd 0.75, c_cp 0.6667) is complete: &lt;why&gt;" in page
+    assert page.count("<tr>") == 3 and ">80.00<" in page and page.count(">yes<") == 1
