@@ -41,8 +41,8 @@ def draw_interactive(data: ParetoData, *, narrow: bool = False, theme: Theme = L
             figure.add_shape(shape)
     for line, text in enumerate(remarks_on(data)):
         figure.add_annotation(_note("", text, y=0.01 + 0.07 * line))
-    # A legend below takes two lines on a wide screen, and nine on a narrow one.
-    height, bottom = (980, 310) if narrow else (520, 110)
+    # A legend below takes up to four lines on a wide screen, and ten on a narrow one.
+    height, bottom = (980, 310) if narrow else (560, 150)
     return figure.update_layout(common_layout(theme, height=height, bottom=bottom))
 
 
