@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from compress_search.exceptions import ConfigError, StudyError, TaskError
-from compress_search.search.database_url import parse_url
+from compress_search.search.database_url import parse_url, saved_url
 from compress_search.search.settings import TUNINGS, SearchSettings, searchable
 from compress_search.search.stop_when import StopWhen
 from compress_search.search.study import check_name, choose_device
@@ -60,7 +60,8 @@ class StudyConfig:
             ``None`` chooses the most accurate one.
         workspace: Folder of the results, relative to the current one; by default
             ``$COMPRESS_SEARCH_WORKSPACE``, else ``runs``.
-        storage: URL of the database of the study; ``None`` is a SQLite file in the workspace.
+        storage: URL of the database of the study; ``None`` is a SQLite file in the workspace. A password
+            in it is not saved: it is then taken from ``$COMPRESS_SEARCH_DB_PASSWORD``.
         checkpoint_seconds: A fine-tuning leaves a checkpoint so often, and after each epoch.
         device: Where to compute, for example ``"cpu"`` or ``"cuda:1"``; ``None`` takes the first GPU
             if there is one.
@@ -135,13 +136,15 @@ class StudyConfig:
         return dataclasses.replace(config, workspace=config.workspace.resolve())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as the YAML file has it, with every default written out."""
+        """Return the configuration as the YAML file has it, with every default but no password."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         search = values.pop("search").to_dict()
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in {
                 **values,
+                # A password is nothing to write down: whoever resumes the study has it in the environment.
+                "storage": None if self.storage is None else saved_url(parse_url(self.storage)),
                 "task_args": dict(self.task_args),
                 "stop_when": None if self.stop_when is None else dataclasses.asdict(self.stop_when),
                 "workspace": str(self.workspace),
@@ -150,7 +153,7 @@ class StudyConfig:
         }
 
     def save(self, path: Path) -> None:
-        """Write the configuration so that :meth:`load` reads the same from any folder."""
+        """Write the configuration so that :meth:`load` reads the same from any folder, but for a password."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         write_text_atomically(path, f"# compress-search resume {path.parent}\n{text}")
 

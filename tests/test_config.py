@@ -358,6 +358,19 @@ def test_a_saved_configuration_reads_the_same_from_elsewhere(
     assert StudyConfig.load(tmp_path / "runs" / "small" / "config.yaml") == config
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://me:s%40cret@host/db?connect_timeout=5",
+        "postgresql+psycopg://me@host/db?connect_timeout=5&password=s%40cret",
+    ],
+)
+def test_a_password_is_not_saved(write: Write, tmp_path: Path, url: str) -> None:
+    StudyConfig.load(write(MINIMAL + f"storage: {url}")).save(tmp_path / "config.yaml")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["storage"]
+    assert saved == "postgresql+psycopg://me@host/db?connect_timeout=5"
+
+
 def test_a_saved_configuration_has_every_value(write: Write, tmp_path: Path) -> None:
     config = StudyConfig.load(write(MINIMAL))
     config.save(tmp_path / "config.yaml")

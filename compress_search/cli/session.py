@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,11 @@ from compress_search.cli.answer import print_answer, shorten
 from compress_search.cli.log import logging_to_file, logging_to_terminal
 from compress_search.config import StudyConfig
 from compress_search.progress import Progress
+from compress_search.search.database_url import PASSWORD_VARIABLE, parse_url, password_of
 from compress_search.search.study import CompressionStudy, create_study
 from compress_search.workspace import Workspace
+
+logger = logging.getLogger("compress_search")
 
 
 def search_and_answer(config: StudyConfig) -> int:
@@ -47,6 +51,11 @@ def open_study(config: StudyConfig) -> CompressionStudy:
         **settings,
     )
     config.save(study.folder / "config.yaml")
+    if config.storage is not None and password_of(parse_url(config.storage)) is not None:
+        logger.info(
+            "The database's password is not saved. To resume the study, or to join it, set $%s.",
+            PASSWORD_VARIABLE,
+        )
     return study
 
 

@@ -35,12 +35,20 @@ def main(args: argparse.Namespace) -> int:
     config = place.config()
     from compress_search.cli.log import logging_to_file, logging_to_terminal
     from compress_search.progress import Progress
+    from compress_search.search.patient_storage import PATIENCE_SECONDS
+    from compress_search.search.storage import open_storage
     from compress_search.search.study import load_study
+    from compress_search.workspace import Workspace
 
     with ExitStack() as stack:
         console = stack.enter_context(logging_to_terminal())
         if not args.supervised:
             stack.enter_context(logging_to_file(place.folder / "study.log"))
+        elif config.storage is not None:
+            # Who is restarted while the database is away waits for it, too.
+            open_storage(
+                config.storage, Workspace(config.workspace), opening_seconds=PATIENCE_SECONDS
+            ).engine.dispose()
         study = load_study(
             config.name,
             config.load_task(),

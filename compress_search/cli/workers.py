@@ -93,8 +93,11 @@ def run_workers(words: Sequence[str], *, workers: int, restarts: int) -> int:
         told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     from compress_search.cli.log import logging_to_file, logging_to_terminal
     from compress_search.progress import Progress
+    from compress_search.search.database_url import hand_on_password
     from compress_search.search.supervisor import supervise, worker_environments
 
+    # The workers read config.yaml, which has none.
+    hand_on_password(told["storage"])
     folder = Path(told["folder"])
     study = _look_at(told["name"], told["storage"], folder.parent)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -88,3 +88,10 @@ def with_password(url: URL) -> URL:
     if not password or url.get_backend_name() == "sqlite" or password_of(url) is not None:
         return url
     return url.set(password=password)
+
+
+def hand_on_password(url: str | None) -> None:
+    """Put the password of a URL, if it has one, where the processes that this one starts look for it."""
+    password = None if url is None else password_of(parse_url(url))
+    if password is not None:
+        os.environ[PASSWORD_VARIABLE] = password

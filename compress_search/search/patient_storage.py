@@ -124,7 +124,13 @@ class PatientStorage(RDBStorage):
         self._deferred_until = 0.0
         self._writing = threading.RLock()
         self._added: set[str] = set()
-        super().__init__(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
+        try:
+            super().__init__(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
+        except BaseException:
+            # It may have connected before it found that it may not write.
+            if hasattr(self, "engine"):
+                self.engine.dispose()
+            raise
 
     @property
     def heartbeat(self) -> Heartbeat:

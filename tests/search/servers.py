@@ -67,6 +67,13 @@ class PostgreSQL(Server):
         command = [self._server.bin_path / "psql", "-h", self.folder, "-U", "postgres", "-d", database, "-q"]
         subprocess.run([*command, "-c", statement], check=True, stdout=subprocess.DEVNULL)
 
+    def add_user(self, name, password):
+        """Make a user who has to say a password, and may do nothing in other users' databases."""
+        self.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
+        file = self.data / "pg_hba.conf"
+        file.write_text(f"local all {name} scram-sha-256\n" + file.read_text())
+        self._control("reload")
+
     def start(self):
         # What a power cut would do to it is not tested here.
         options = f"-h '' -k {self.folder} -c fsync=off -c shared_buffers=32MB -c max_connections=100"
