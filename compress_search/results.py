@@ -221,6 +221,11 @@ class ParetoFront:
         """The candidates on the front, from the fewest MACs to the most."""
         return pareto_optimal([c for c in self.candidates if c.feasible])
 
+    @property
+    def most_accurate(self) -> Candidate | None:
+        """The most accurate feasible candidate, if there is one."""
+        return self.best[-1] if self.best else None
+
     def __iter__(self) -> Iterator[Candidate]:
         return iter(self.best)
 

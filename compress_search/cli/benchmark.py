@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study, find_trial
+from compress_search.cli.study_argument import add_study_argument, find_study
 from compress_search.exceptions import ConfigError
 from compress_search.plain_text import format_table
 from compress_search.workspace import write_text_atomically
@@ -119,7 +119,7 @@ def _of_trial(args: argparse.Namespace) -> LatencyTable:
     place = find_study(args)
     config = place.config()
     study = place.open(config.load_task(), device=args.device or config.device)
-    candidate = study.best() if args.trial is None else find_trial(study, args.trial)
+    candidate = study.best() if args.trial is None else study.candidate(args.trial)
     table = study.benchmark_latency(
         candidate, batches=args.batch, runtimes=args.runtime, threads=args.threads, seconds=args.seconds
     )

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.search.dashboard_access import PORT
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
         epilog="Example: compress-search dashboard digits --port 8081 --read-only",
     )
     add_study_argument(parser)
-    parser.add_argument("--port", type=int, default=8080, help="default: 8080")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
     parser.add_argument("--read-only", action="store_true", help="refuse everything but reading")
     parser.set_defaults(main=main)
 

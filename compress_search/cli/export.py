@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study, find_trial
+from compress_search.cli.study_argument import add_study_argument, find_study
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
         task = place.config().load_task()
         study = place.open(task)
         files = export_candidate(
-            find_trial(study, args.trial),
+            study.candidate(args.trial),
             args.output or study.folder / "export" / f"trial-{args.trial}",
             example_input=task.example_input,
             onnx=args.format == "onnx",

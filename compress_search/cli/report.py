@@ -46,7 +46,8 @@ def main(args: argparse.Namespace) -> int:
         files, over = write(args.follow)
         if args.follow is not None and not over:
             print(f"Following the study: {files.page}", flush=True)
-            watch(lambda: write(args.follow)[1], seconds=args.follow)
-            files, _ = write(None)
+            if not watch(lambda: write(args.follow)[1], seconds=args.follow):
+                # Nobody writes the page any more, so it is not to read itself again.
+                write(None)
     print("\n".join(str(path) for path in (files.page, files.plot, files.picture, files.table)))
     return 0

@@ -7,7 +7,7 @@ import shutil
 import sys
 from typing import Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.cli.study_argument import StudyPlace, add_study_argument, find_study
 from compress_search.cli.watching import add_watch_option, watch
 
 _HEIGHT = 16
@@ -37,29 +37,35 @@ def main(args: argparse.Namespace) -> int:
     """Print the status."""
     place = find_study(args)
     if args.watch is not None and args.trial is None:
-        from compress_search.reports.pareto import pareto_data
-        from compress_search.reports.pareto_characters import draw_characters
-
-        on_terminal = sys.stdout.isatty()
-        last = ""
-
-        def look() -> bool:
-            nonlocal last
-            study = place.open()
-            status, front = study.status(), study.front()
-            width = shutil.get_terminal_size().columns - 1
-            drawing = draw_characters(pareto_data(front), width=width, height=_HEIGHT)
-            shown = f"{status}\n\n{drawing}"
-            if on_terminal:
-                print(_CLEAR + shown, flush=True)
-            elif shown != last:
-                # In a file or a pipe: only what has changed.
-                print(shown + "\n", flush=True)
-            last = shown
-            return status.is_over
-
-        watch(look, seconds=args.watch)
+        show = _Shown(place)
+        watch(show.again, seconds=args.watch)
         return 0
     study = place.open()
     print(study.status() if args.trial is None else study.trial_history(args.trial))
     return 0
+
+
+class _Shown:
+    """The status and the front, as they are shown now."""
+
+    def __init__(self, place: StudyPlace) -> None:
+        self._place = place
+        self._on_terminal = sys.stdout.isatty()
+        self._text = ""
+
+    def again(self) -> bool:
+        """Show them as they are; return whether the study is over."""
+        from compress_search.reports.pareto import pareto_data
+        from compress_search.reports.pareto_characters import draw_characters
+
+        study = self._place.open()
+        status, data = study.status(), pareto_data(study.front())
+        width = shutil.get_terminal_size().columns - 1
+        text = f"{status}\n\n{draw_characters(data, width=width, height=_HEIGHT)}"
+        if self._on_terminal:
+            print(_CLEAR + text, flush=True)
+        elif text != self._text:
+            # In a file or a pipe: only what has changed.
+            print(text + "\n", flush=True)
+        self._text = text
+        return status.is_over

@@ -12,7 +12,6 @@ from compress_search.workspace import WORKSPACE_VARIABLE, default_workspace
 
 if TYPE_CHECKING:
     from compress_search.config import StudyConfig
-    from compress_search.results import Candidate
     from compress_search.search.study import CompressionStudy
     from compress_search.task import Task
 
@@ -121,19 +120,3 @@ def find_study(args: argparse.Namespace) -> StudyPlace:
     given = Path(args.study)
     folder = given if len(given.parts) > 1 else Path(args.workspace) / given
     return StudyPlace(folder.resolve(), args.storage)
-
-
-def find_trial(study: CompressionStudy, number: int) -> Candidate:
-    """Find the trial that the command line names.
-
-    Raises:
-        StudyError: There is none; the message says which are complete.
-    """
-    candidates = {candidate.number: candidate for candidate in study.candidates()}
-    if number in candidates:
-        return candidates[number]
-    complete = [str(number) for number, c in candidates.items() if c.state == "complete"]
-    raise StudyError(
-        f"The study {study.name!r} has no trial {number}. "
-        f"Its complete trials: {', '.join(complete) or 'none'}."
-    )

@@ -28,18 +28,22 @@ def add_watch_option(parser: argparse.ArgumentParser, name: str, what: str) -> N
     )
 
 
-def watch(look: Callable[[], bool], *, seconds: float) -> None:
+def watch(look: Callable[[], bool], *, seconds: float) -> bool:
     """Look until the study is over; Ctrl-C ends it too, for nothing is lost by that.
 
     Args:
         look: Looks once, and says whether the study is over.
         seconds: Between two looks.
+
+    Returns:
+        Whether the study is over.
     """
     try:
         while not look():
             time.sleep(seconds)
     except KeyboardInterrupt:
-        return
+        return False
+    return True
 
 
 def _positive(text: str) -> float:

@@ -24,6 +24,7 @@ from compress_search.reports.figure_look import (
     hover,
 )
 from compress_search.reports.pareto import ParetoPoint, lower_fence, pareto_data
+from compress_search.reports.trials import achieved_ratios
 from compress_search.results import Candidate, ParetoFront
 from compress_search.target import Interval
 
@@ -78,7 +79,7 @@ def ratio_split_data(front: ParetoFront, *, chosen: Candidate | None = None) -> 
     if not data.points:
         return None
     by_number = {candidate.number: candidate for candidate in front.candidates}
-    achieved = {point.number: achieved_ratios(by_number[point.number]) for point in data.points}
+    achieved = {point.number: achieved_ratios(by_number[point.number].stages) for point in data.points}
     # In the order of the stages, which trials of both methods tell; then those that no trial achieved.
     in_order = [name for ratios in sorted(achieved.values(), key=len, reverse=True) for name in ratios]
     known = [method.ratio_name for method in METHODS.values()]
@@ -101,17 +102,6 @@ def ratio_split_data(front: ParetoFront, *, chosen: Candidate | None = None) -> 
         colours=(max(min(accuracies), lower_fence(accuracies, top)), top),
         scale=data.scale,
     )
-
-
-def achieved_ratios(candidate: Candidate) -> dict[str, float]:
-    """MACs after / MACs before each method's stage, by the name of its ratio, in the order of the stages."""
-    achieved: dict[str, float] = {}
-    before = 1.0
-    for stage in candidate.stages:
-        if stage.name in METHODS:
-            achieved[METHODS[stage.name].ratio_name] = stage.mac_ratio / before
-            before = stage.mac_ratio
-    return achieved
 
 
 def draw_ratio_split(data: RatioSplitData, *, narrow: bool = False, theme: Theme = LIGHT) -> go.Figure:

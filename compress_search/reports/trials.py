@@ -1,10 +1,11 @@
-"""The stages of all trials: what they are called, their order, the time that each kind took and saved."""
+"""The stages of all trials: their names and order, the time each kind took and saved, what was achieved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from compress_search.methods import METHODS
 from compress_search.results import StageResult
 
 
@@ -79,3 +80,14 @@ def stage_names(stages: Sequence[StageResult]) -> Iterator[str]:
     for stage in stages:
         yield f"fine_tune after {before}" if stage.name == "fine_tune" and before else stage.name
         before = stage.name
+
+
+def achieved_ratios(stages: Iterable[StageResult]) -> dict[str, float]:
+    """MACs after / MACs before each method's stage, by the name of its ratio, in the order of the stages."""
+    achieved: dict[str, float] = {}
+    before = 1.0
+    for stage in stages:
+        if stage.name in METHODS:
+            achieved[METHODS[stage.name].ratio_name] = stage.mac_ratio / before
+            before = stage.mac_ratio
+    return achieved

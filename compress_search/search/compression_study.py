@@ -29,7 +29,7 @@ from compress_search.reports.sensitivity import LOSSES, StageSensitivity
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
 from compress_search.search.claims import claiming
-from compress_search.search.dashboard import PORT, DashboardServer
+from compress_search.search.dashboard_access import PORT
 from compress_search.search.finalists import (
     choose_origins,
     finalist_recipe,
@@ -225,6 +225,24 @@ class CompressionStudy:
         """Return what the trials ended as, by number; without those that were interrupted and run again."""
         return tuple(map(self._candidate, current_trials(self.optuna_study.get_trials(deepcopy=False))))
 
+    def candidate(self, number: int) -> Candidate:
+        """Return what one trial ended as.
+
+        Args:
+            number: Of the trial, as in the tables and the dashboard.
+
+        Raises:
+            StudyError: There is none that counts; the message says which are complete.
+        """
+        candidates = {candidate.number: candidate for candidate in self.candidates()}
+        if number in candidates:
+            return candidates[number]
+        complete = [str(number) for number, c in candidates.items() if c.state == "complete"]
+        raise StudyError(
+            f"The study {self.name!r} has no trial {number!r}. "
+            f"Its complete trials: {', '.join(complete) or 'none'}."
+        )
+
     def front(self) -> ParetoFront:
         """Return the study's answer so far."""
         return ParetoFront(self.candidates(), self.reference, self.settings.target, self.settings.tolerance)
@@ -284,8 +302,7 @@ class CompressionStudy:
             chosen: The candidate to mark; by default the most accurate feasible one, if there is one.
         """
         front = self.front()
-        if chosen is None and len(front):
-            chosen = front.choose()
+        chosen = chosen or front.most_accurate
         known = Details() if chosen is None else self._details_of(chosen)
         return study_figures(front, chosen=chosen, layers=known.layers, sensitivities=known.sensitivities)
 
@@ -297,8 +314,7 @@ class CompressionStudy:
             refresh: Make a page that reads itself again after so many seconds, while the study runs.
         """
         front = self.front()
-        if chosen is None and len(front):
-            chosen = front.choose()
+        chosen = chosen or front.most_accurate
         return write_report(
             self.folder,
             title=self.name,
@@ -331,7 +347,7 @@ class CompressionStudy:
             PlanError: Its plan is gone or damaged.
             WorkspaceError: Its weights are.
         """
-        return layers_frame(self._layers_of(self._numbered(trial), self._needed_task("layers_dataframe")))
+        return layers_frame(self._layers_of(self._candidate_of(trial), self._needed_task("layers_dataframe")))
 
     def sensitivity_dataframe(self, trial: Candidate | int | None = None) -> pd.DataFrame:
         """Return the stored tables by which a trial's sizes were chosen, one row a cell; measure nothing.
@@ -348,7 +364,7 @@ class CompressionStudy:
             PlanError: A stage of it is gone or damaged.
             WorkspaceError: Its weights are.
         """
-        candidate = self.best() if trial is None else self._numbered(trial)
+        candidate = self.best() if trial is None else self._candidate_of(trial)
         return sensitivity_frame(
             self._sensitivities_of(candidate, self._needed_task("sensitivity_dataframe"))
         )
@@ -377,6 +393,9 @@ class CompressionStudy:
         Raises:
             StudyError: The port is taken, or not allowed.
         """
+        # It takes most of a second, and changes how Optuna's dashboard reads: not in every worker.
+        from compress_search.search.dashboard import DashboardServer
+
         task = self.task
         load_task = None if task is None else lambda: task
         with DashboardServer(
@@ -486,14 +505,8 @@ class CompressionStudy:
         number = str(candidate.number)
         return TestScore(scores["original"], scores[number]) if number in scores else None
 
-    def _numbered(self, trial: Candidate | int) -> Candidate:
-        number = trial if isinstance(trial, int) else trial.number
-        candidates = self.candidates()
-        for candidate in candidates:
-            if candidate.number == number:
-                return candidate
-        there = ", ".join(str(candidate.number) for candidate in candidates) or "none yet"
-        raise StudyError(f"The study {self.name!r} has no trial {number!r} that counts; these do: {there}.")
+    def _candidate_of(self, trial: Candidate | int) -> Candidate:
+        return self.candidate(trial if isinstance(trial, int) else trial.number)
 
     def _details_of(self, candidate: Candidate) -> Details:
         """Gather what is known of a candidate; where its files are gone or damaged, say so instead."""

@@ -15,7 +15,7 @@ from optuna.storages import RDBStorage
 from rich.console import Console
 
 from compress_search.exceptions import StudyError
-from compress_search.search.dashboard_access import guarded
+from compress_search.search.dashboard_access import PORT, guarded
 from compress_search.search.dashboard_additions import Additions
 from compress_search.search.dashboard_files import StageFiles
 from compress_search.search.dashboard_view import DashboardView
@@ -24,7 +24,6 @@ from compress_search.task import Task
 from compress_search.workspace import Workspace
 
 HOST = "127.0.0.1"
-PORT = 8080
 _PATIENCE = 0.1
 """Seconds after which :meth:`DashboardServer.shutdown` is noticed."""
 

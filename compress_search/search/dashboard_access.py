@@ -1,4 +1,4 @@
-"""What may be done through the dashboard's port."""
+"""The dashboard's port, and what may be done through it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+PORT = 8080
+"""The port unless another one is asked for."""
 
 _READING = ("GET", "HEAD")
 _MOST_READ = 1 << 20

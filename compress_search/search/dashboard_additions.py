@@ -116,7 +116,7 @@ class Additions:
         if made.front is None or made.trials != now:
             made.front, made.trials, made.rows = self._front(identity, trials), now, None
             _put(made.notes, None, now, study_note(made.front, name=study.study_name))
-        chosen = made.front.choose() if len(made.front) else None
+        chosen = made.front.most_accurate
         rows = () if chosen is None else self._rows_of(chosen)
         if made.rows != rows:
             made.rows = rows

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import ModelProfile, profile_model
+from compress_search.reports.frames import layers_frame
 from compress_search.reports.layers import LayerRow, layer_table
 from compress_search.reports.plan_changes import plan_changes
 from compress_search.stage_files import PLAN
@@ -93,15 +94,11 @@ def layers_csv(plan: CompressionPlan, rows: Sequence[LayerRow] | None) -> str:
         plan: The plan.
         rows: The table with MACs, if there is one.
     """
+    if rows is not None:
+        return str(layers_frame(rows).to_csv(index=False, lineterminator="\n", float_format="%.4f"))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if rows is None:
-        writer.writerow(("layer", "done", "left_alone"))
-        for change in plan_changes(plan):
-            writer.writerow((change.module, "; ".join(change.done), "; ".join(change.left_alone)))
-        return text.getvalue()
-    writer.writerow(("layer", "kind", "done", "macs_before", "macs_after", "mac_ratio", "left_alone"))
-    for row in rows:
-        numbers = (row.macs_before, row.macs_after, f"{row.ratio:.4f}")
-        writer.writerow((row.layer, row.kind, row.done, *numbers, row.left_alone))
+    writer.writerow(("layer", "done", "left_alone"))
+    for change in plan_changes(plan):
+        writer.writerow((change.module, "; ".join(change.done), "; ".join(change.left_alone)))
     return text.getvalue()

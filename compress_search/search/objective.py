@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import optuna
 
 from compress_search.methods import METHODS
-from compress_search.recipe import Compress, Recipe, Stage
+from compress_search.recipe import Recipe, Stage
+from compress_search.reports.trials import achieved_ratios
 from compress_search.results import Reference, StageResult
 from compress_search.search.history import EPOCHS, RECIPE, STAGES, is_finalist
 from compress_search.search.settings import SearchSettings
@@ -82,13 +83,14 @@ def run_trial(
         trial.set_user_attr(EPOCHS, epochs)
 
     last = runner.run(proposal.recipe, after_stage=after_stage, after_epoch=after_epoch)[-1]
+    left_out = {method.ratio_name: 1.0 for method in METHODS.values() if method.ratio_name in trial.params}
     numbers = {
         "accuracy": last.accuracy,
         "drop": reference.accuracy - last.accuracy,
         "mac_ratio": last.mac_ratio,
         "macs": last.macs,
         "params": last.params,
-        "achieved": achieved_ratios(proposal.recipe, finished, trial.params),
+        "achieved": left_out | achieved_ratios(finished),
         "seconds": sum(stage.seconds for stage in finished if not stage.reused),
         "seconds_saved": sum(stage.seconds for stage in finished if stage.reused),
         "key": last.key,
@@ -98,19 +100,3 @@ def run_trial(
     # Last, and on the only way out: a complete trial without its constraint would count as feasible.
     trial.set_constraint(CONSTRAINT, excess(last.mac_ratio, settings.target, settings.tolerance))
     return last.accuracy, last.mac_ratio
-
-
-def achieved_ratios(
-    recipe: Recipe, results: Sequence[StageResult], params: Container[str]
-) -> Mapping[str, float]:
-    """Return what each method achieved, by the name of its ratio: MACs after / MACs before its stage.
-
-    A method whose ratio is among the trial's parameters and that was left out achieved 1.
-    """
-    achieved = {method.ratio_name: 1.0 for method in METHODS.values() if method.ratio_name in params}
-    before = 1.0
-    for stage, result in zip(recipe.stages, results, strict=True):
-        if isinstance(stage, Compress):
-            achieved[METHODS[stage.method].ratio_name] = result.mac_ratio / before
-            before = result.mac_ratio
-    return achieved

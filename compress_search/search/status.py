@@ -200,7 +200,7 @@ def status_of(
             for trial in running
             if WORKER in trial.user_attrs and Worker(**trial.user_attrs[WORKER]).is_known_dead()
         ),
-        best=front.choose() if len(front) else None,
+        best=front.most_accurate,
         front=front.best,
         # Interrupted trials count too: what they computed took its time, and is what their retries reuse.
         stages=stage_times(map(_stages_of, trials)),

@@ -16,11 +16,11 @@ from compress_search.reports.figures import study_figures
 from compress_search.reports.hypervolume import draw_hypervolume, hypervolume, hypervolume_data
 from compress_search.reports.layer_bars import draw_layer_bars, shortened
 from compress_search.reports.layers import LayerRow
-from compress_search.reports.ratio_split import achieved_ratios, draw_ratio_split, hyperbola, ratio_split_data
+from compress_search.reports.ratio_split import draw_ratio_split, hyperbola, ratio_split_data
 from compress_search.reports.sensitivity import LOSSES, StageSensitivity, draw_heat_map, heat_map
 from compress_search.reports.stage_accuracy import draw_stage_accuracy, stage_accuracy_data
 from compress_search.reports.stage_time_bars import draw_stage_times
-from compress_search.reports.trials import StageTime
+from compress_search.reports.trials import StageTime, achieved_ratios
 from compress_search.results import Candidate, ParetoFront, Reference, StageResult
 from compress_search.selection.table import Cell, SensitivityTable
 from compress_search.target import target_ends, target_text
@@ -121,7 +121,7 @@ def test_methods_in_the_other_order_are_followed(make_candidate: Make, make_fron
 def test_one_method_has_nothing_to_share(make_candidate: Make, make_front: MakeFront) -> None:
     stages = _stages(("spatial_svd", 0.9, 0.5))
     candidate = make_candidate(0, 0.5, 0.9, stages=stages, params={"c_ssvd": 0.5})
-    assert achieved_ratios(candidate) == {"c_ssvd": 0.5}
+    assert achieved_ratios(candidate.stages) == {"c_ssvd": 0.5}
     assert ratio_split_data(make_front(candidate)) is None
 
 
