@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -63,14 +64,25 @@ class StageStore:
         except FileNotFoundError:
             return None
 
-    def find_same(self, plan_key: str) -> StageResult | None:
-        """Return the result of the finished stage with this ``plan_key``, if any; see :meth:`save`."""
+    def find_asked(self, asked: str) -> StageResult | None:
+        """Return the result of the finished stage that a ratio led to before, if any; see :meth:`note`."""
         try:
-            key = (self.workspace.plans / plan_key).read_text(encoding="utf-8")
+            key = (self.workspace.plans / asked).read_text(encoding="utf-8")
         except (FileNotFoundError, UnicodeDecodeError):
             return None
         # Whatever else a damaged file says is no name of a folder.
         return self.find(key) if key.isalnum() else None
+
+    def note(self, asked: str, key: str, *, say: Callable[[str], None]) -> None:
+        """Note which stage a ratio leads to, so that its sizes need not be chosen again.
+
+        Args:
+            asked: Hash of all that decides about the stage, with the ratio that was asked for.
+            key: Of the stage.
+            say: Tells the user of a full disk.
+        """
+        path = self.workspace.plans / asked
+        write_when_there_is_room(partial(write_text_atomically, path, key), self.workspace.root, say=say)
 
     def set_aside(self, key: str, fault: str) -> Path | None:
         """Move a damaged stage out of the way, under another name, and report it.
@@ -103,7 +115,6 @@ class StageStore:
         plan: CompressionPlan,
         model: nn.Module,
         *,
-        plan_key: str | None = None,
         say: Callable[[str], None],
     ) -> None:
         """Store a finished stage under its key, as soon as there is room for it.
@@ -112,8 +123,6 @@ class StageStore:
             result: Its numbers, with the key.
             plan: What was done so far.
             model: The model.
-            plan_key: Hash of all that made it but the ratio that was asked for, with the sizes of the layers
-                that were chosen in its place: another ratio may lead to the same ones.
             say: Tells the user of a full disk.
         """
 
@@ -122,8 +131,6 @@ class StageStore:
                 plan.save(folder / PLAN)
                 save_weights(model, folder / WEIGHTS)
                 seal(folder, result.to_dict())
-            if plan_key is not None:
-                write_text_atomically(self.workspace.plans / plan_key, result.key)
 
         write_when_there_is_room(write, self.workspace.root, say=say)
 

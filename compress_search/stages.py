@@ -144,9 +144,10 @@ class StageRunner:
     ) -> tuple[StageResult, nn.Module | None]:
         """Do one stage; ``model`` is the one before it, if that is at hand."""
         key = _key(before, stage)
-        stored = self._store.find(key)
+        find = partial(self._store.find_asked if isinstance(stage, Compress) else self._store.find, key)
+        stored = find()
         if stored is None:
-            with self._leases.computing(key, stage.name, partial(self._store.find, key)) as stored:
+            with self._leases.computing(key, stage.name, find) as stored:
                 if stored is None:
                     model = self._store.model(before.key, self._original) if model is None else model
                     return self._compute(stage, key, before, model, after_epoch)
@@ -166,7 +167,7 @@ class StageRunner:
         *earlier, last = stages
         assert isinstance(last, Compress)
         before = self.run(Recipe(tuple(earlier)))[-1] if earlier else self.original
-        stored = self._store.find(_key(before, last))
+        stored = self._store.find_asked(_key(before, last))
         if stored is not None:
             return stored.mac_ratio
         model, plan = self._store.model(before.key, self._original), self._store.plan(before.key)
@@ -231,27 +232,43 @@ class StageRunner:
         plan = self._store.plan(before.key)
         if isinstance(stage, Compress):
             analysis, sizes = self._choose_sizes(stage, model, plan)
-            plan_key = _plan_key(before, stage, sizes)
-            if (same := self._store.find_same(plan_key)) is not None:
+            asked, key = key, _key_of_sizes(before, stage, sizes)
+            if (same := self._store.find(key)) is not None:
+                self._store.note(asked, key, say=self._progress.say)
                 return dataclasses.replace(same, reused=True), None
-            if stage.per_layer_fine_tune is not None:
-                return self._compute_layer_by_layer(
-                    stage, key, plan_key, plan, analysis, sizes, started=started
-                )
-            compressed = apply(analysis, sizes, self._calibration_inputs(stage.samples))
-            changed, plan = compressed.model, plan.then(compressed.step)
-        else:
-            changed, plan_key = copy.deepcopy(model), None
-            self._trainer.train(changed, self._original, stage, key, after_epoch=after_epoch)
-        result = self._finish(key, stage.name, plan, changed, started=started, plan_key=plan_key)
+            result, compressed = self._compress(stage, key, plan, analysis, sizes, started=started)
+            self._store.note(asked, key, say=self._progress.say)
+            return result, compressed
+        changed = copy.deepcopy(model)
+        self._trainer.train(changed, self._original, stage, key, after_epoch=after_epoch)
+        result = self._finish(key, stage.name, plan, changed, started=started)
         self._trainer.forget(key)
         return result, changed
+
+    def _compress(
+        self,
+        stage: Compress,
+        key: str,
+        plan: CompressionPlan,
+        analysis: Analysis,
+        sizes: Sizes,
+        *,
+        started: float,
+    ) -> tuple[StageResult, nn.Module | None]:
+        if stage.per_layer_fine_tune is None:
+            compressed = apply(analysis, sizes, self._calibration_inputs(stage.samples))
+            plan = plan.then(compressed.step)
+            return self._finish(key, stage.name, plan, compressed.model, started=started), compressed.model
+        # Another ratio may lead here too, and two processes must not share the checkpoints on the way.
+        with self._leases.computing(key, stage.name, partial(self._store.find, key)) as same:
+            if same is not None:
+                return dataclasses.replace(same, reused=True), None
+            return self._compute_layer_by_layer(stage, key, plan, analysis, sizes, started=started)
 
     def _compute_layer_by_layer(
         self,
         stage: Compress,
         key: str,
-        plan_key: str,
         plan: CompressionPlan,
         analysis: Analysis,
         sizes: Sizes,
@@ -278,7 +295,6 @@ class StageRunner:
             plan.then(tuned.step),
             tuned.model,
             started=started - tuned.seconds_before,
-            plan_key=plan_key,
             accuracy=tuned.accuracy,
         )
         layers.forget()
@@ -315,7 +331,6 @@ class StageRunner:
         model: nn.Module,
         *,
         started: float,
-        plan_key: str | None = None,
         accuracy: float | None = None,
     ) -> StageResult:
         """Measure a model and store it as the outcome of a stage; its accuracy may be known already."""
@@ -330,7 +345,7 @@ class StageRunner:
             mac_ratio=profile.macs / original_macs,
             seconds=time.monotonic() - started,
         )
-        self._store.save(result, plan, model, plan_key=plan_key, say=self._progress.say)
+        self._store.save(result, plan, model, say=self._progress.say)
         return result
 
     def _calibration_inputs(self, samples: int) -> list[Tensor]:
@@ -343,11 +358,16 @@ class StageRunner:
 
 
 def _key(before: StageResult, stage: Stage) -> str:
+    """Hash of all that makes a stage; of a compressing one, of all that decides about its sizes."""
     return content_hash({"before": before.key, "stage": stage_to_dict(stage)})
 
 
-def _plan_key(before: StageResult, stage: Compress, sizes: Sizes) -> str:
-    """Hash of all that makes a compressing stage's model: the sizes that were chosen, not the ratio."""
+def _key_of_sizes(before: StageResult, stage: Compress, sizes: Sizes) -> str:
+    """Hash of all that makes a compressing stage: the sizes that were chosen, not the ratio.
+
+    What comes after, its seed too, follows from this one. So a trial comes to the same whether or not another
+    one, which asked for a little more or less, has been there before.
+    """
     settings = {name: value for name, value in stage_to_dict(stage).items() if name != "mac_ratio"}
     return content_hash({"before": before.key, "stage": settings, "sizes": dict(sizes)})
 

@@ -7,7 +7,7 @@ Layout::
       stages/<key>/            one finished stage: result.json, plan.json, weights.safetensors
       checkpoints/<key>/       one fine-tuning that is not finished
       stages/<key>.lease      somebody computes this stage now
-      plans/<key>              the key of the stage that has these sizes of the layers
+      plans/<key>              the key of the stage that a ratio led to, by the sizes of the layers
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
 
@@ -80,7 +80,7 @@ class Workspace:
 
     @property
     def plans(self) -> Path:
-        """The folder of what tells stages that were asked for other ratios and got the same sizes."""
+        """The folder of notes of which stage each ratio that was asked for led to, by its sizes."""
         return self.root / "plans"
 
     @property

@@ -353,3 +353,14 @@ def test_channels_to_keep_are_part_of_a_stages_key(runner):
     runner().run(Recipe((stage,)))
     (other,) = runner().run(Recipe((dataclasses.replace(stage, keep_channels={"0": (1,)}),)))
     assert not other.reused
+
+
+@pytest.mark.parametrize("tuning", [None, FineTune(epochs=1)])
+def test_a_ratio_comes_to_the_same_whether_or_not_another_was_there_before(runner, tuning):
+    first = changed(RECIPE, 0, per_layer_fine_tune=tuning)
+    nearly = changed(first, 0, mac_ratio=first.stages[0].mac_ratio + 1e-4)
+    runner("shared").run(first)
+    after_another, alone = runner("shared").run(nearly), runner("alone").run(nearly)
+    assert all(result.reused for result in after_another)
+    assert [result.key for result in alone] == [result.key for result in after_another]
+    assert [result.accuracy for result in alone] == [result.accuracy for result in after_another]
