@@ -2,7 +2,8 @@
 
 It does what :func:`compress_search.compression.compress` does, and looks at the clock after the selection.
 
-Settings of a case are those of :class:`compress_search.Compress`, for every step.
+Settings of a case are those of :class:`compress_search.Compress`, for every step. With another seed it looks
+at other images.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
         ratio = left if step == request.case.steps[-1] else step.mac_ratio
         stage = Compress(method=step.method, mac_ratio=ratio, **request.case.settings)
         analysis = analyse(network, EXAMPLE, stage)
-        batches = torch.split(images.calibration[: stage.samples], BATCH)
+        seen = images.calibration.roll(-request.case.seed * stage.samples, dims=0)[: stage.samples]
+        batches = torch.split(seen, BATCH)
         source = TableSource(in_quickest_layout(network, batches))
         table = sensitivity_table(analysis, stage, source) if SELECTORS[stage.selection].needs_table else None
         sizes = choose_sizes(analysis, stage, source, table=table)

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.cases import Request
+from benchmarks.cases import Request, asked_ratio
 from benchmarks.layers import count_macs
 from benchmarks.networks import INPUT_SHAPE, PEER_NETWORKS, Add
 from benchmarks.peer import Compression, Images, run
@@ -27,8 +27,9 @@ BATCHNORM_IMAGES = 512
 
 
 def compress(request: Request, network: nn.Module, images: Images) -> Compression:
-    """Prune to the budget of the request."""
-    assert request.budget is not None
+    """Prune to the budget of the request, or without one to the ratio that is asked for."""
+    original = count_macs(network, INPUT_SHAPE)
+    allowed = request.budget or asked_ratio(request.case) * original
     settings = request.case.settings
     kinds = {
         "magnitude": tp.importance.GroupMagnitudeImportance,
@@ -48,7 +49,7 @@ def compress(request: Request, network: nn.Module, images: Images) -> Compressio
         loss = functional.cross_entropy(network(images.inputs), images.labels)
         loss.backward()  # type: ignore[no-untyped-call]
     for _ in range(STEPS):
-        if count_macs(network, INPUT_SHAPE) <= request.budget:
+        if count_macs(network, INPUT_SHAPE) <= allowed:
             break
         pruner.step()
     if settings["batchnorm"]:

@@ -1,0 +1,138 @@
+"""AIMET, Torch-Pruning and compress_search at 0.7, 0.5 and 0.33 of the MACs, before and after fine-tuning.
+
+Launch it with ``python studies/benchmarks/field.py``. From each seed and at each share of the MACs AIMET
+compresses first, by spatial SVD and then by channel pruning; compress_search does the same, and Torch-Pruning
+prunes, each to no more MACs than AIMET has left. Then the same code fine-tunes all three for as many epochs,
+from the same seed and taught by the original network. The network, its images, who judges and what is kept
+are those of :mod:`benchmarks.ratio_selection` and :mod:`benchmarks.fine_tuning`.
+
+Nothing is fine-tuned between the two methods: AIMET's process does not keep the network that it has there.
+
+The script can be stopped at any time: what is there is not run again. The table goes to ``runs/benchmarks``,
+as Markdown and as CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.cases import Case, Result
+from benchmarks.field_cases import SPLITS, cases_of
+from benchmarks.field_table import Row, as_csv, as_markdown
+from benchmarks.fine_tuning import Bench
+from benchmarks.ratio_selection import FOLDER, NETWORK
+from benchmarks.running import Laboratory
+from benchmarks.tunings import keep, stored
+from compress_search import FineTune
+from compress_search.progress import Progress
+
+
+def run(
+    bench: Bench,
+    network: str,
+    ratios: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    table: bool,
+    written: Callable[[Sequence[Row]], None],
+) -> list[Row]:
+    """Run what is not there yet; return what there is.
+
+    Seed after seed, so that whenever it is stopped, as many shares of the MACs as can be have been run alike.
+
+    Args:
+        bench: The conditions.
+        network: Name of the network.
+        ratios: Shares of the MACs, keys of :data:`benchmarks.field_cases.SPLITS`.
+        seeds: To repeat it from.
+        table: Run none.
+        written: Called with all rows so far after every three of them.
+    """
+    rows: list[Row] = []
+    asked = list(itertools.product(seeds, ratios))
+    with bench.progress.bar("shares of the MACs", len(asked)) as advance:
+        for seed, ratio in asked:
+            found = three(bench, cases_of(network, ratio, seed), ratio, table=table)
+            rows += found
+            written(rows)
+            advance(f"{ratio:g}, seed {seed}: " + ", ".join(map(str, found)))
+    return rows
+
+
+def three(bench: Bench, cases: Sequence[Case], ratio: float, *, table: bool) -> list[Row]:
+    """Compress and fine-tune by each tool; what is there is not run again.
+
+    Args:
+        bench: The conditions.
+        cases: Of one share of the MACs and one seed; AIMET's first.
+        ratio: That share.
+        table: Run none.
+    """
+    rows = []
+    results: list[Result] = []
+    for case in cases:
+        if results and results[0].error is not None:
+            case = replace(case, rival=None)  # Where AIMET has failed, its MACs are no measure.
+        result = bench.laboratory.stored(case, results)
+        if result is None and not table:
+            request = bench.laboratory.request(case, results)
+            assert request is not None  # The rival was run before.
+            result = bench.laboratory.run(request)
+        if result is None:
+            continue
+        results.append(result)
+        tuned = None
+        if result.error is None:
+            tuning = bench.tuning(case, case.seed, distilled=True)
+            tuned = stored(tuning, bench.folder)
+            if tuned is None and not table:
+                tuned = bench.run(case, result, tuning)
+                keep(tuning, tuned, bench.folder)
+        rows.append(Row(ratio, case.tool, case.seed, result, tuned))
+    return rows
+
+
+def main() -> None:
+    """Run what is asked for; print the table and write it."""
+    parser = argparse.ArgumentParser(description="Three tools at three shares of the MACs.")
+    parser.add_argument("--ratios", type=float, nargs="+", choices=list(SPLITS), default=list(SPLITS))
+    parser.add_argument("--seeds", type=int, default=2, help="so many of each (default 2)")
+    parser.add_argument("--epochs", type=int, default=3, help="of every fine-tuning (default 3)")
+    parser.add_argument("--lr", type=float, default=FineTune().lr, help=f"default {FineTune().lr:g}")
+    parser.add_argument("--images", type=int, default=49_000, help="training images (default all, 49000)")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--table", action="store_true", help="run none, print what there is")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(given.threads)
+    # As the network itself was trained; see there. The judge calculates in float32.
+    quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    settings = FineTune(epochs=given.epochs, lr=given.lr, precision="bfloat16" if quick else "float32")
+    bench = Bench(Laboratory(given.folder, given.threads), settings, given.images, Progress())
+    head = (
+        f"{NETWORK} on CIFAR-10, {given.epochs} epochs of distilled fine-tuning at lr {given.lr:g}, "
+        f"{given.threads} thread{'s' if given.threads > 1 else ''}."
+    )
+
+    def write(rows: Sequence[Row]) -> None:
+        (given.folder / "field.md").write_text(as_markdown(rows, head))
+        (given.folder / "field.csv").write_text(as_csv(rows))
+
+    given.folder.mkdir(parents=True, exist_ok=True)
+    rows = run(bench, NETWORK, given.ratios, range(given.seeds), table=given.table, written=write)
+    print(as_markdown(rows, head))
+
+
+if __name__ == "__main__":
+    main()
