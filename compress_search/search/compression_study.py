@@ -39,7 +39,7 @@ from compress_search.search.finalists import (
 from compress_search.search.history import RECIPE, current_trials, pending_finalists
 from compress_search.search.identity import Identity
 from compress_search.search.objective import run_trial
-from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
+from compress_search.search.sampler import SAMPLERS, SPREADING, ReproducibleSampler
 from compress_search.search.space import enqueue_anchors, trials_in_reach
 from compress_search.search.status import StudyStatus, status_of
 from compress_search.search.stop_when import StopWhen
@@ -108,6 +108,7 @@ class CompressionStudy:
             SAMPLERS[self.settings.sampler],
             self.settings.seed,
             by_accuracy=not isinstance(self.settings.target, tuple),
+            spread=self.settings.sampler in SPREADING,
         )
 
     @property

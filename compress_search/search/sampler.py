@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.search.history import proposal_indices
+from compress_search.search.spreading import farthest, has_step, is_early
 
 SamplerFactory = Callable[[int, int], BaseSampler]
 """Makes a sampler from two seeds in [0, 2**32): of the value that it is to propose, and of the study."""
@@ -44,6 +45,9 @@ SAMPLERS: Mapping[str, SamplerFactory] = {
     # Every ratio is given, so that it is asked for nothing.
     GRID: lambda seed, _: RandomSampler(seed=seed),
 }
+
+SPREADING = ("tpe",)
+"""Those whose first ratios lie apart. Of ten drawn at random, as TPE begins otherwise, many are the same."""
 
 _NEEDS_SCIPY = ("gp", "qmc")
 _DIGITS = 10
@@ -146,12 +150,17 @@ class ReproducibleSampler(BaseSampler):
         seed: The study's seed.
         by_accuracy: Whether the inner sampler sees the accuracy alone. Where there is one target every
             feasible candidate has the wanted MACs; a few less of them within the tolerance are no merit.
+        spread: Whether, in the first trials, the first variable that has a step lies where nothing was tried,
+            whatever the inner sampler would say. A second one would lie on a diagonal with it.
     """
 
-    def __init__(self, make: SamplerFactory, seed: int, *, by_accuracy: bool = False) -> None:
+    def __init__(
+        self, make: SamplerFactory, seed: int, *, by_accuracy: bool = False, spread: bool = False
+    ) -> None:
         self._make = make
         self._seed = seed
         self._by_accuracy = by_accuracy
+        self._spread = spread
         self._relative: BaseSampler | None = None
         self._view: _StudyAsProposed | None = None
 
@@ -173,7 +182,12 @@ class ReproducibleSampler(BaseSampler):
         """Ask the inner sampler which variables it samples together."""
         view, trial = self._as_proposed(study, trial)
         self._relative = self._seeded_for(trial, "")
-        return self._relative.infer_relative_search_space(view, trial)
+        space = self._relative.infer_relative_search_space(view, trial)
+        if not self._spread or not is_early(view):
+            return space
+        assert self._view is not None
+        ranges = {**space, **self._view.narrower}
+        return {name: distribution for name, distribution in space.items() if not has_step(ranges[name])}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -195,10 +209,20 @@ class ReproducibleSampler(BaseSampler):
     ) -> Any:
         """Sample one variable."""
         view, trial = self._as_proposed(study, trial)
+        if self._spread and self._is_first_on_a_grid(param_distribution, trial) and is_early(view):
+            others = view._get_trials(deepcopy=False)
+            tried = [other.params[param_name] for other in others if param_name in other.params]
+            values = farthest(param_distribution, tried)
+            draw = np.random.default_rng(_seed_of(f"{self._seed}/{trial.number}/{param_name}"))
+            return _tidy(draw.choice(values), param_distribution)
         inner = self._seeded_for(trial, param_name)
         return _tidy(
             inner.sample_independent(view, trial, param_name, param_distribution), param_distribution
         )
+
+    @staticmethod
+    def _is_first_on_a_grid(distribution: BaseDistribution, trial: FrozenTrial) -> bool:
+        return has_step(distribution) and not any(map(has_step, trial.distributions.values()))
 
     def _seeded_for(self, trial: FrozenTrial, variable: str) -> BaseSampler:
         return self._make(_seed_of(f"{self._seed}/{trial.number}/{variable}"), _seed_of(f"{self._seed}"))

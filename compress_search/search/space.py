@@ -2,7 +2,8 @@
 
 The ratios of two methods multiply, and their product has to meet the target. So only the first one is free;
 the second is what is still missing after the first, within the target's tolerance. That way nearly every
-trial is feasible, which free sampling under a constraint is not.
+trial is feasible, which free sampling under a constraint is not. The first trial of each first ratio aims at
+the target itself, so that the ratios are compared at the same MACs; later ones choose around it.
 
 Where the target is a range, ``[0.3, 0.8]``, a trial chooses two numbers instead, which have the same bounds
 in every trial, so that samplers can look at both together: ``target``, the ratio of the whole, by its
@@ -39,6 +40,9 @@ logger = logging.getLogger("compress_search")
 
 AchievedRatio = Callable[[Sequence[Stage]], float]
 """The exact MAC ratio, relative to the original model, after some stages."""
+
+_QUEUED = "fixed_params"
+"""Under this name Optuna keeps what was queued for a trial."""
 
 _GUIDEBOOK_RATIO, _GUIDEBOOK_TARGET = 0.75, 0.5
 """The first ratio of the guidebook's example, 0.75 x 0.66 = 0.5, and what comes of both."""
@@ -290,6 +294,7 @@ def propose(trial: optuna.Trial, settings: SearchSettings, achieved_ratio: Achie
         return _proposal(settings.with_values(_values(trial, settings, of_compressing + of_tuning)), [ratio])
 
     first = _suggest_first(trial, settings, aim, anchor)
+    exact = exact or _is_first_with(first, trial, settings)
     values = _values(trial, settings, of_compressing)
     try:
         second = _suggest_last(trial, settings.with_values(values), achieved_ratio, aim, first, exact=exact)
@@ -323,6 +328,25 @@ def _suggest_first(
     # The target itself leaves no choice to the second method, so the anchor has tried all of it.
     lowest = ratio_grid(target, settings.step)[1]
     return trial.suggest_float(name, lowest, 1.0, step=settings.step)
+
+
+def _is_first_with(first: float, trial: optuna.Trial, settings: SearchSettings) -> bool:
+    """Whether no trial that was proposed before this one asks the first method for that ratio.
+
+    Where the user has queued the second ratio too, or the trial is of no study, no other one is meant.
+    """
+    study = getattr(trial, "study", None)
+    if study is None:
+        return False
+    name, last = (METHODS[method].ratio_name for method in settings.methods)
+    trials = study.get_trials(deepcopy=False)
+    indices = proposal_indices(trials)
+    own = indices[trial.number]
+    # What a retry has in its queue is all that the trial has chosen that it stands in for.
+    original = next(other for other in trials if indices.get(other.number) == own)
+    if last in original.system_attrs.get(_QUEUED, {}):
+        return False
+    return all(other.params.get(name) != first for other in trials if indices.get(other.number, own) < own)
 
 
 def _propose_of_grid(

@@ -69,14 +69,11 @@ def test_nine_tenths_of_the_trials_are_feasible_at_a_fixed_target(feasible_trial
 
 
 @pytest.mark.parametrize("target", [0.5, 0.1])
-def test_after_twenty_trials_the_best_is_hardly_less_than_the_whole_grids(feasible_trials, target):
+def test_after_twenty_trials_the_best_is_no_worse_than_the_whole_grids(feasible_trials, target):
     points = ratio_grid(target, 0.05)
     of_grid = best(feasible_trials(len(points), sampler=GRID, grid={"c_ssvd": points}, target=target))
     found = [best(feasible_trials(20, target=target, seed=seed)) for seed in SEEDS]
-    # Accuracies are of 600 images, and which of these candidates is best is luck by an image or two. The mean
-    # over the seeds is half an image behind the grid at most, and no seed more than one.
-    assert statistics.mean(found) >= of_grid - 0.5 / 600
-    assert min(found) > of_grid - 1.5 / 600
+    assert min(found) >= of_grid
 
 
 def test_the_front_of_a_range_is_as_good_as_by_chance_and_by_the_grid(feasible_trials):

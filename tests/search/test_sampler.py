@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from compress_search.exceptions import ConfigError
 from compress_search.search.history import proposal_indices
-from compress_search.search.sampler import GRID, SAMPLERS, GenerationsByProposal
+from compress_search.search.sampler import GRID, SAMPLERS, SPREADING, GenerationsByProposal
 from compress_search.search.space import anchors, enqueue_anchors, ratio_grid
 from compress_search.search.variables import Choice, Range
 
@@ -157,7 +157,8 @@ def test_samplers_that_look_at_variables_together_do_so_beside_anchors(
     settings = make_settings(sampler=name, target=0.33, variables=variables)
     study = study_in_memory(settings)
     enqueue_anchors(study, settings)
-    play(study, objective(runner, settings), 11)
+    # In the first twenty, TPE's ratio lies apart, by itself.
+    play(study, objective(runner, settings), 20 if name in SPREADING else 11)
     trial = study.ask()
     objective(runner, settings)(trial)
     assert trial.relative_search_space.keys() == {"c_ssvd", "fine_tune.lr", "round_to"}

@@ -367,3 +367,54 @@ def test_proposals_never_leave_the_band_that_the_selector_can_fill(make_settings
         product = trial.params["c_ssvd"] * trial.params["c_cp"]
         assert 0.33 * 0.99 - 1e-9 <= product <= 0.33 * 1.02 + 1e-9
         assert min(abs(trial.params["c_ssvd"] - point) for point in ratio_grid(0.33, 0.05)[1:]) < 1e-9
+
+
+def run_one(study, settings):
+    trial = study.ask()
+    propose(trial, settings, exactly)
+    return trial
+
+
+def test_the_first_trial_of_a_first_ratio_aims_at_the_target_and_others_choose_around_it(
+    make_settings, study_in_memory
+):
+    settings = make_settings(target=0.33)
+    study = study_in_memory(settings)
+    seen = {}
+    for _ in range(40):
+        trial = run_one(study, settings)
+        first, last = trial.params.values()
+        study.tell(trial, (0.9, 0.33))
+        seen.setdefault(first, []).append((trial.distributions["c_cp"], first * last))
+    assert len(seen) == len(ratio_grid(0.33, 0.05)) - 1
+    others = [one for found in seen.values() for one in found[1:]]
+    for (bounds, product), *_ in seen.values():
+        assert bounds.single()
+        assert product == pytest.approx(0.33)
+    assert not any(bounds.single() for bounds, _ in others)
+    assert len({round(product, 6) for _, product in others}) == len(others) > 10
+
+
+def test_a_second_ratio_that_the_user_queued_is_taken_and_again_by_its_retry(make_settings, study_in_memory):
+    settings = make_settings()
+    study = study_in_memory(settings)
+    study.enqueue_trial({"c_ssvd": 0.8, "c_cp": 0.63})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = run_one(study, settings)
+        study.tell(first, state=TrialState.FAIL)
+        study.enqueue_trial(first.params, user_attrs={RETRY_OF: first.number})
+        retry = run_one(study, settings)
+    assert list(first.params.values()) == list(retry.params.values()) == [0.8, 0.63]
+
+
+def test_a_retry_aims_at_the_target_if_its_trial_did(make_settings, study_in_memory):
+    settings = make_settings()
+    study = study_in_memory(settings)
+    first = run_one(study, settings)
+    study.tell(first, state=TrialState.FAIL)
+    study.enqueue_trial(first.params, user_attrs={RETRY_OF: first.number})
+    retry = run_one(study, settings)
+    assert retry.params == first.params
+    assert retry.distributions == first.distributions
+    assert retry.distributions["c_cp"].single()
