@@ -22,7 +22,8 @@ from compress_search.search.storage import open_storage
 from compress_search.stopping import StopSwitch
 from compress_search.workspace import Workspace
 
-folder, n_trials, url, n_processes = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+folder, url = pathlib.Path(sys.argv[1]), sys.argv[3]
+n_trials, n_processes = int(sys.argv[2]), int(sys.argv[4])
 # One imports for all: each by itself would take longer than all that is tested.
 children = []
 while len(children) < n_processes and 0 not in children:
