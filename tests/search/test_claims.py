@@ -9,7 +9,7 @@ import pytest
 
 from compress_search.search.history import finished_trials
 
-N_TRIALS = 6
+N_TRIALS = 3
 N_PROCESSES = 4
 
 PROGRAM = """
@@ -39,8 +39,11 @@ while not (folder / "go").exists():
 claim = worker._claim
 
 def claim_late(*args, **options):
-    # So long that without a lock the others surely count before this one has claimed.
-    time.sleep(0.2)
+    # Without a lock the others count at the same time, before this one has claimed; then all would claim.
+    (folder / f"claims-{os.getpid()}").touch()
+    deadline = time.monotonic() + 0.7
+    while len(list(folder.glob("claims-*"))) < n_processes and time.monotonic() < deadline:
+        time.sleep(0.01)
     return claim(*args, **options)
 
 worker._claim = claim_late
@@ -48,7 +51,7 @@ worker._claim = claim_late
 worker._WAITING_SECONDS = 0.1
 
 def objective(trial):
-    # So long that the others come to claim meanwhile.
+    # So long that another one comes to claim meanwhile.
     time.sleep(0.3)
     return trial.suggest_float("x", 0, 1), 0.5
 
