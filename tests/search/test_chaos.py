@@ -33,7 +33,6 @@ ROUNDS = 50
 AT_ONCE = 3
 """So many rounds run beside each other: the workers mostly sleep."""
 
-on_servers = pytest.mark.parametrize("database", ["postgresql", "mariadb"], indirect=True)
 on_both = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 slow = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -246,7 +245,7 @@ def only_complete(crowd):
     [
         ("postgresql", 0),
         ("postgresql", 4),
-        ("mariadb", 4),
+        pytest.param("mariadb", 4, marks=slow),
         pytest.param("postgresql", 60, marks=slow),
         pytest.param("mariadb", 60, marks=slow),
     ],
