@@ -163,7 +163,7 @@ def agree(study: optuna.Study, asked: Asked, *, accept: bool = False) -> Identit
     found = _accepted(study, stored, asked, accept=accept)
     if not found and not _is_news(stored, asked):
         return stored
-    if asked.measure is not None and found:
+    if asked.measure is not None and any(difference.field.startswith("task.") for difference in found):
         # It may take minutes, in which nobody is to wait for the lock.
         asked.measure()
 
