@@ -7,17 +7,22 @@ import itertools
 import sqlite3
 import threading
 
+import optuna
 import pytest
 import sqlalchemy
 from optuna.trial import Trial, TrialState, create_trial
 from rich.console import Console
 
 from compress_search.progress import Progress
+from compress_search.results import Reference
 from compress_search.search.claims import claiming
 from compress_search.search.history import current_trials
+from compress_search.search.identity import Identity, load_identity
 from compress_search.search.recovery import DIED, interrupt
+from compress_search.search.settings import SearchSettings
 from compress_search.search.space import enqueue_anchors
 from compress_search.search.storage import backend_of
+from compress_search.search.study import _create
 from compress_search.search.worker import _next_step, run_trials
 from compress_search.stopping import StopSwitch
 from compress_search.worker_process import Worker
@@ -129,6 +134,15 @@ def claim(study):
     return lambda: [t.user_attrs["worker"] for t in study.trials] == [worker] * 2 and not step.is_over
 
 
+def create(study):
+    identity = Identity(
+        {"name": "none"}, SearchSettings(target=0.5), Reference(0.9, 1000, 100), {"torch": "1"}
+    )
+    made = _create(backend_of(study), "other", identity)
+    assert load_identity(made) == identity and made.metric_names == ["accuracy", "mac_ratio"]
+    return lambda: sorted(optuna.get_all_study_names(study._storage)) == ["other", "study"]
+
+
 def remember(study):
     study.set_user_attr("n_trials", 7)
     return lambda: study.user_attrs == {"n_trials": 7}
@@ -137,7 +151,7 @@ def remember(study):
 @every_database
 @pytest.mark.parametrize(
     "write",
-    [add, enqueue, suggest, say, constrain, tell, fail, claim, remember],
+    [add, enqueue, suggest, say, constrain, tell, fail, claim, create, remember],
     ids=lambda w: w.__name__,
 )
 def test_a_write_whose_answer_is_lost_is_done_once(new_study, losing, monkeypatch, write):
