@@ -30,7 +30,7 @@ from compress_search.workspace import Workspace
 
 N_TRIALS = 10
 ROUNDS = 50
-AT_ONCE = 3
+AT_ONCE = 5
 """So many rounds run beside each other: the workers mostly sleep."""
 
 on_both = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -196,8 +196,8 @@ def crowd(nursery, database_url, tmp_path, make_settings):
 def one_round(crowd, seed):
     """Kill one of three workers at a random moment of each second, until the study is finished.
 
-    Where a machine is so busy that a second is too short for three stages, the next one is killed after them: a
-    trial whose process dies again and again before it has done anything is given up, as it should be.
+    Where a machine is so busy that a second is too short for three stages, the next one is killed after them.
+    A trial whose process dies again and again before it has done anything is given up, as it should be.
 
     Returns:
         How many were killed, and what was found.
