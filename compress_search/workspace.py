@@ -10,6 +10,7 @@ Layout::
       plans/<key>              the key of the stage that a ratio led to, by the sizes of the layers
       tables/<key>.jsonl       one sensitivity table, a line for each cell
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
+      .workspace/token         tells this workspace from all others, wherever it is moved or mounted
 
 Whatever is written here appears whole or not at all: it is written under a temporary name on the same
 file system, flushed to the disk, and renamed.
@@ -62,6 +63,31 @@ class Workspace:
                 "Choose another folder: workspace=DIR, after `compress-search run CONFIG` and in Python."
             ) from error
         return self
+
+    @property
+    def token(self) -> str | None:
+        """What tells this workspace from all others; ``None`` before :meth:`make_token`."""
+        try:
+            return self._token_file.read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def make_token(self) -> str:
+        """Return the token; make a random one if there is none yet.
+
+        Processes that do so at the same time get the same one.
+        """
+        if self.token is None:
+            # The folder of whoever came first is kept.
+            with new_folder(self._token_file.parent) as folder:
+                write_text_atomically(folder / self._token_file.name, secrets.token_hex(8) + "\n")
+        token = self.token
+        assert token is not None
+        return token
+
+    @property
+    def _token_file(self) -> Path:
+        return self.root / ".workspace" / "token"
 
     @property
     def database(self) -> Path:

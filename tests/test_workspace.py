@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -110,3 +112,27 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
         pass
     assert (tmp_path / "key").read_text() == "a file"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_token_is_the_same_wherever_the_workspace_is_moved(tmp_path):
+    place = Workspace(tmp_path / "runs")
+    assert place.token is None
+    token = place.make_token()
+    assert place.make_token() == place.token == token
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert Workspace(tmp_path / "moved").make_token() == token
+    assert Workspace(tmp_path / "other").make_token() != token
+
+
+def test_those_who_make_the_token_at_the_same_time_get_the_same_one(tmp_path):
+    for race in range(20):
+        place, barrier = Workspace(tmp_path / str(race)), threading.Barrier(4)
+
+        def make(place=place, barrier=barrier):
+            barrier.wait()
+            return place.make_token()
+
+        with ThreadPoolExecutor(4) as pool:
+            tokens = {made.result() for made in [pool.submit(make) for _ in range(4)]}
+        assert tokens == {place.token}
+        assert [path.name for path in place.root.iterdir()] == [".workspace"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.cli.study_argument import add_accept_option, add_study_argument, find_study
 
 if TYPE_CHECKING:
     from compress_search.progress import Progress
@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
         epilog="Example: compress-search finalize digits --top 3 --epochs 30",
     )
     add_study_argument(parser)
+    add_accept_option(parser)
     parser.add_argument("--top", type=int, default=3, metavar="K", help="how many candidates; default: 3")
     parser.add_argument("--epochs", type=int, default=30, metavar="N", help="how long; default: 30")
     parser.set_defaults(main=main)
@@ -42,4 +43,4 @@ def main(args: argparse.Namespace) -> int:
             if other not in complete:
                 print(f"Trial {other.number}, a finalist of trial {other.finalist_of}: {other.reason}\n")
 
-    return work_and_answer(config, train)
+    return work_and_answer(config, train, accept_changed=args.accept_changed)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.cli.study_argument import add_accept_option, add_study_argument, find_study
 from compress_search.cli.workers import add_workers_options, prepare, run_workers
 
 
@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     add_study_argument(parser)
     parser.add_argument("--n-trials", type=int, metavar="N", help="a new total number of finished trials")
     add_workers_options(parser)
+    add_accept_option(parser)
     parser.set_defaults(main=main)
 
 
@@ -32,12 +33,14 @@ def main(args: argparse.Namespace) -> int:
         words = ["resume", str(place.folder)]
         words += [] if place.storage is None else ["--storage", place.storage]
         words += [] if args.n_trials is None else ["--n-trials", str(args.n_trials)]
-        return run_workers(words, workers=args.workers, restarts=args.restarts)
+        return run_workers(
+            words, workers=args.workers, restarts=args.restarts, accept_changed=args.accept_changed
+        )
     config = place.config()
     if args.n_trials is not None:
         config = dataclasses.replace(config, n_trials=args.n_trials)
     if args.prepare is not None:
-        return prepare(config, args.prepare)
+        return prepare(config, args.prepare, accept_changed=args.accept_changed)
     from compress_search.cli.session import search_and_answer
 
-    return search_and_answer(config)
+    return search_and_answer(config, accept_changed=args.accept_changed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from compress_search.cli.study_argument import add_accept_option
 from compress_search.cli.workers import add_workers_options, prepare, run_workers
 
 
@@ -23,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_preset_option(parser)
     add_workers_options(parser)
+    add_accept_option(parser)
     parser.set_defaults(main=main)
 
 
@@ -38,12 +40,14 @@ def main(args: argparse.Namespace) -> int:
     if args.workers is not None:
         chosen = [] if args.preset is None else ["--preset", args.preset]
         words = ["run", args.config, *chosen, *args.overrides]
-        return run_workers(words, workers=args.workers, restarts=args.restarts)
+        return run_workers(
+            words, workers=args.workers, restarts=args.restarts, accept_changed=args.accept_changed
+        )
     from compress_search.config import StudyConfig
 
     config = StudyConfig.load(args.config, args.overrides, preset=args.preset)
     if args.prepare is not None:
-        return prepare(config, args.prepare)
+        return prepare(config, args.prepare, accept_changed=args.accept_changed)
     from compress_search.cli.session import search_and_answer
 
-    return search_and_answer(config)
+    return search_and_answer(config, accept_changed=args.accept_changed)

@@ -18,10 +18,10 @@ from compress_search.workspace import Workspace
 logger = logging.getLogger("compress_search")
 
 
-def search_and_answer(config: StudyConfig) -> int:
+def search_and_answer(config: StudyConfig, *, accept_changed: bool) -> int:
     """Create or continue the study of a configuration up to its trials, and tell what came of it.
 
-    Returns and raises as :func:`work_and_answer` does.
+    Takes, returns and raises what :func:`work_and_answer` does.
     """
 
     def search(study: CompressionStudy, progress: Progress) -> None:
@@ -32,10 +32,10 @@ def search_and_answer(config: StudyConfig) -> int:
             progress=progress,
         )
 
-    return work_and_answer(config, search)
+    return work_and_answer(config, search, accept_changed=accept_changed)
 
 
-def open_study(config: StudyConfig) -> CompressionStudy:
+def open_study(config: StudyConfig, *, accept_changed: bool) -> CompressionStudy:
     """Create the study of a configuration, or continue it, and save the configuration in its folder.
 
     Raises:
@@ -48,6 +48,7 @@ def open_study(config: StudyConfig) -> CompressionStudy:
         workspace=config.workspace,
         storage=config.storage,
         device=config.device,
+        accept_changed=accept_changed,
         **settings,
     )
     config.save(study.folder / "config.yaml")
@@ -59,12 +60,15 @@ def open_study(config: StudyConfig) -> CompressionStudy:
     return study
 
 
-def work_and_answer(config: StudyConfig, work: Callable[[CompressionStudy, Progress], None]) -> int:
+def work_and_answer(
+    config: StudyConfig, work: Callable[[CompressionStudy, Progress], None], *, accept_changed: bool
+) -> int:
     """Open or create the study of a configuration, work on it, and tell what came of it.
 
     Args:
         config: The study's configuration.
         work: What to do.
+        accept_changed: Go on with a study although something has changed.
 
     Returns:
         The exit status: 0, 1 if no trial is feasible, 130 after Ctrl-C.
@@ -74,7 +78,7 @@ def work_and_answer(config: StudyConfig, work: Callable[[CompressionStudy, Progr
     """
     with logging_to_terminal() as console:
         try:
-            study = open_study(config)
+            study = open_study(config, accept_changed=accept_changed)
             with logging_to_file(study.folder / "study.log"):
                 work(study, Progress(console))
                 return print_answer(study, config.max_drop)

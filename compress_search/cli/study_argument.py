@@ -38,14 +38,17 @@ class StudyPlace:
 
         Raises:
             StudyError: There is no such study, or it was made from Python.
+            StudyMismatchError: The study's files are in another workspace.
             ConfigError: The file was changed, and is wrong now.
         """
         import dataclasses
 
         from compress_search.config import StudyConfig
+        from compress_search.search.identity import check_place
 
         if not self.has_config:
-            self.open()
+            study = self.open()
+            check_place(study.optuna_study, study.workspace)
             raise StudyError(
                 f"The study {self.folder.name!r} was made from Python: {str(self.folder)!r} has no "
                 "config.yaml, so its model and data are not known here. Do this from Python: "
@@ -109,6 +112,16 @@ def add_study_argument(parser: argparse.ArgumentParser, *, or_else: str = "") ->
         "--storage",
         metavar="URL",
         help="the study's database, if it is neither the workspace's nor configured",
+    )
+
+
+def add_accept_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that goes on with a study although something has changed."""
+    parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="go on although the task, package versions, workspace or settings are others than before; what "
+        "differs is noted in the study",
     )
 
 

@@ -9,7 +9,7 @@ import threading
 from contextlib import ExitStack
 from typing import Any
 
-from compress_search.cli.study_argument import add_study_argument, find_study
+from compress_search.cli.study_argument import add_accept_option, add_study_argument, find_study
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,6 +23,7 @@ def add_parser(subparsers: Any) -> None:
         epilog="Example: compress-search worker digits",
     )
     add_study_argument(parser)
+    add_accept_option(parser)
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(main=main)
 
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
             workspace=config.workspace,
             storage=config.storage,
             device=config.device,
+            accept_changed=args.accept_changed,
         )
         study.optimize(
             config.n_trials,

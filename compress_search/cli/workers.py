@@ -41,7 +41,7 @@ def add_workers_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
 
 
-def prepare(config: StudyConfig, file: Path) -> int:
+def prepare(config: StudyConfig, file: Path, *, accept_changed: bool) -> int:
     """Make or check the study of a configuration, save that, and write what a supervisor has to know."""
     from compress_search.cli.log import logging_to_terminal
     from compress_search.cli.session import open_study
@@ -49,7 +49,7 @@ def prepare(config: StudyConfig, file: Path) -> int:
     from compress_search.search.space import enqueue_anchors
 
     with logging_to_terminal():
-        study = open_study(config)
+        study = open_study(config, accept_changed=accept_changed)
     with claiming(study.optuna_study):
         enqueue_anchors(study.optuna_study, study.settings)
     import torch
@@ -67,21 +67,23 @@ def prepare(config: StudyConfig, file: Path) -> int:
     return 0
 
 
-def run_workers(words: Sequence[str], *, workers: int, restarts: int) -> int:
+def run_workers(words: Sequence[str], *, workers: int, restarts: int, accept_changed: bool) -> int:
     """Make the study in a process of its own, run workers on it, and answer.
 
     Args:
         words: The command line that makes or finds the study, without ``--workers``.
         workers: Number of processes.
         restarts: How often each one is restarted.
+        accept_changed: Whether they go on with a study although something has changed.
 
     Returns:
         The exit status.
     """
     program = [sys.executable, "-m", "compress_search"]
+    accepting = ["--accept-changed"] if accept_changed else []
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "study.json"
-        made = subprocess.run([*program, *words, "--prepare", str(file)], check=False)
+        made = subprocess.run([*program, *words, *accepting, "--prepare", str(file)], check=False)
         if made.returncode < 0:
             raise StudyError(
                 f"The process that makes the study was killed (signal {-made.returncode}), before any worker "
@@ -104,7 +106,7 @@ def run_workers(words: Sequence[str], *, workers: int, restarts: int) -> int:
     environments = worker_environments(
         os.environ, workers=workers, cores=cores, gpus=visible_gpus(os.environ, told["gpus"])
     )
-    command = [*program, "worker", str(folder), "--supervised"]
+    command = [*program, "worker", str(folder), "--supervised", *accepting]
     try:
         with logging_to_terminal() as console, logging_to_file(folder / "study.log"):
             supervise(
@@ -128,7 +130,8 @@ def run_workers(words: Sequence[str], *, workers: int, restarts: int) -> int:
     from compress_search.cli.session import work_and_answer
     from compress_search.config import StudyConfig
 
-    return work_and_answer(StudyConfig.load(folder / "config.yaml"), lambda study, progress: None)
+    config = StudyConfig.load(folder / "config.yaml")
+    return work_and_answer(config, lambda study, progress: None, accept_changed=accept_changed)
 
 
 def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:

@@ -28,6 +28,7 @@ from compress_search.reports.page import Details, ReportFiles, write_report
 from compress_search.reports.sensitivity import LOSSES, StageSensitivity
 from compress_search.results import Candidate, ParetoFront
 from compress_search.search.candidates import candidate_of
+from compress_search.search.changes import Change
 from compress_search.search.claims import claiming
 from compress_search.search.dashboard_access import PORT
 from compress_search.search.finalists import (
@@ -37,7 +38,7 @@ from compress_search.search.finalists import (
     queue_finalists,
 )
 from compress_search.search.history import RECIPE, current_trials, pending_finalists
-from compress_search.search.identity import Identity
+from compress_search.search.identity import Asked, Identity, agree, current_versions, load_identity
 from compress_search.search.objective import run_trial
 from compress_search.search.sampler import SAMPLERS, SPREADING, ReproducibleSampler
 from compress_search.search.space import enqueue_anchors, trials_in_reach
@@ -94,6 +95,7 @@ class CompressionStudy:
         identity: Identity,
         task: Task | None,
         device: torch.device,
+        accept_changed: bool,
     ) -> None:
         self.name = optuna_study.study_name
         self.workspace = workspace
@@ -104,6 +106,7 @@ class CompressionStudy:
         self.task = task
         self.task_name: str = identity.task["name"]
         self.device = device
+        self._accept_changed = accept_changed
         optuna_study.sampler = ReproducibleSampler(
             SAMPLERS[self.settings.sampler],
             self.settings.seed,
@@ -139,6 +142,8 @@ class CompressionStudy:
 
         Raises:
             ConfigError: No feasible candidate can be what ``stop_when`` asks for.
+            StudyMismatchError: The workspace or the versions of packages are others than before, and that
+                was not accepted when the study was opened.
             StudyError: The study was loaded without its task, the first trials all failed alike, or the
                 database failed.
             KeyboardInterrupt: Ctrl-C or SIGTERM. A fine-tuning finishes its step and leaves a checkpoint
@@ -147,6 +152,7 @@ class CompressionStudy:
         if n_trials < 1:
             raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
         self._needed_task("optimize")
+        self._agree_to_work()
         n_trials = trials_in_reach(self.settings, n_trials)
         if stop_when is not None:
             stop_when.check(self.settings)
@@ -191,6 +197,7 @@ class CompressionStudy:
             among them, with its reason; calling again tries it again.
 
         Raises:
+            StudyMismatchError: See :meth:`optimize`.
             StudyError: No candidate is feasible, a number is not one of these, the study was loaded without
                 its task, or the database failed.
             KeyboardInterrupt: Ctrl-C or SIGTERM. The same call goes on, and so does :meth:`optimize`.
@@ -202,6 +209,7 @@ class CompressionStudy:
         if epochs < 1:
             raise StudyError(f"epochs is {epochs!r}; finalists are trained, so it must be 1 or more.")
         self._needed_task("finalize")
+        self._agree_to_work()
         origins = choose_origins(self.candidates(), top_k)
         if not origins:
             self.best()  # It says what is in the way, and what to do.
@@ -262,6 +270,7 @@ class CompressionStudy:
             wanted=self.optuna_study.user_attrs.get(_WANTED),
             stop_when=None if stop_when is None else StopWhen(**stop_when),
             leases=lease_files(self.workspace.stages),
+            changes=self._changes(),
         )
 
     def trial_history(self, number: int) -> TrialHistory:
@@ -322,7 +331,7 @@ class CompressionStudy:
             front=front,
             chosen=chosen,
             details=None if chosen is None else self._details_of(chosen),
-            settings={"task": self.task_name, **self.settings.to_dict()},
+            settings={"task": self.task_name, **self.settings.to_dict(), **self._provenance()},
             refresh=refresh,
         )
 
@@ -452,6 +461,11 @@ class CompressionStudy:
         """Where :meth:`benchmark_latency` keeps what it measured of a candidate."""
         return self.folder / "latency" / f"trial-{candidate.number}.json"
 
+    def _agree_to_work(self) -> None:
+        """Refuse to add anything in another workspace or with other versions than before."""
+        asked = Asked(versions=current_versions(), workspace=self.workspace)
+        agree(self.optuna_study, asked, accept=self._accept_changed)
+
     def _run(
         self,
         n_trials: int,
@@ -500,6 +514,17 @@ class CompressionStudy:
 
     def _candidate(self, trial: FrozenTrial) -> Candidate:
         return candidate_of(trial, self.workspace, None if self.task is None else self.task.build_model)
+
+    def _changes(self) -> tuple[Change, ...]:
+        # Another process may have accepted more since this one opened the study.
+        return load_identity(self.optuna_study).changes
+
+    def _provenance(self) -> dict[str, str]:
+        """What has changed since the study was made, by field, for the report."""
+        said: dict[str, list[str]] = {}
+        for change in self._changes():
+            said.setdefault(f"changed: {change.field}", []).append(change.course)
+        return {name: "; ".join(courses) for name, courses in said.items()}
 
     def _stored_test(self, candidate: Candidate) -> TestScore | None:
         scores = self.optuna_study.user_attrs.get(_TESTS, {})

@@ -22,6 +22,7 @@ from compress_search.results import (
     param_names,
 )
 from compress_search.search.candidates import STATES
+from compress_search.search.changes import Change
 from compress_search.search.history import INTERRUPTED, STAGES, WORKER, current_trials, is_finalist
 from compress_search.search.stop_when import StopWhen
 from compress_search.target import Target, target_text
@@ -48,6 +49,7 @@ class StudyStatus:
         stages: What each kind of stage cost, and what reuse saved. Trials that were interrupted count too.
         computing: The stages that processes of this study compute now, or wait for, a sentence each.
         n_interrupted: Number of trials that were stopped from outside.
+        changes: What of the study was accepted to change, in order.
     """
 
     name: str
@@ -65,6 +67,7 @@ class StudyStatus:
     stages: tuple[StageTime, ...]
     computing: tuple[str, ...]
     n_interrupted: int
+    changes: tuple[Change, ...]
 
     @property
     def seconds_by_stage(self) -> Mapping[str, float]:
@@ -111,6 +114,7 @@ class StudyStatus:
             f"Study {self.name!r}: {self.finished}{wanted} trials finished ({states or 'none yet'}).",
             f"Interrupted and run again: {self.n_interrupted}.",
         ]
+        lines += [f"Changed: {change}." for change in self.changes]
         if self.finalists:
             lines.append(f"Finalists: {', '.join(f'{n} {state}' for state, n in self.finalists.items())}.")
         for number, stages in self.running.items():
@@ -171,6 +175,7 @@ def status_of(
     wanted: int | None,
     stop_when: StopWhen | None = None,
     leases: Sequence[LeaseFile] = (),
+    changes: Sequence[Change] = (),
 ) -> StudyStatus:
     """Work out how far a study is.
 
@@ -181,6 +186,7 @@ def status_of(
         wanted: The total asked for.
         stop_when: What ends it sooner.
         leases: Who computes which stage of the workspace.
+        changes: What of it has changed.
     """
     current = current_trials(trials)
     running = [trial for trial in current if trial.state == TrialState.RUNNING]
@@ -206,6 +212,7 @@ def status_of(
         stages=stage_times(map(_stages_of, trials)),
         computing=tuple(_computing(leases, running)),
         n_interrupted=sum(t.state == TrialState.FAIL and INTERRUPTED in t.user_attrs for t in trials),
+        changes=tuple(changes),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -22,8 +23,9 @@ from compress_search.recipe import FineTune
 from compress_search.search.compression_study import CompressionStudy, TestScore
 from compress_search.search.identity import (
     DIRECTIONS,
+    Asked,
     Identity,
-    check_same,
+    agree,
     current_versions,
     is_blank,
     load_identity,
@@ -73,6 +75,7 @@ def create_study(
     workspace: str | Path = "runs",
     storage: str | None = None,
     device: str | None = None,
+    accept_changed: bool = False,
 ) -> CompressionStudy:
     """Create a study, or continue the one of that name if everything agrees.
 
@@ -113,6 +116,9 @@ def create_study(
         workspace: Folder of the results.
         storage: URL of the database; ``None`` is a SQLite file in the workspace.
         device: For example ``"cpu"`` or ``"cuda:1"``; ``None`` takes the first GPU if there is one.
+        accept_changed: Continue a study although its task, versions of packages, workspace or settings are
+            others than before; what differs is noted in the study. What trials are judged by and the search
+            space must be the same in any case.
 
     Raises:
         ConfigError: Settings are out of range; all faults are in the message.
@@ -158,14 +164,21 @@ def create_study(
     runner = _runner(task, place.prepare(), settings, where, Progress())
     database = open_storage(storage, place)
     study = _find(database, name)
+    asked = _asked(task, runner, place, settings)
     if study is None or is_blank(study):
-        identity = Identity(_task_identity(task, runner), settings, runner.reference, current_versions())
-        study = _create(database, name, identity)
-    identity = check_same(study, task=_task_identity(task, runner), settings=settings)
+        assert asked.task is not None and asked.versions is not None
+        study = _create(database, name, Identity(asked.task, settings, runner.reference, asked.versions))
+    identity = agree(study, asked, accept=accept_changed)
     if storage is not None:
         remember_database(place, name, storage)
     return CompressionStudy(
-        study, storage=database, workspace=place, identity=identity, task=task, device=where
+        study,
+        storage=database,
+        workspace=place,
+        identity=identity,
+        task=task,
+        device=where,
+        accept_changed=accept_changed,
     )
 
 
@@ -176,8 +189,11 @@ def load_study(
     workspace: str | Path = "runs",
     storage: str | None = None,
     device: str | None = None,
+    accept_changed: bool = False,
 ) -> CompressionStudy:
     """Open a study that exists.
+
+    Other versions of packages than before, and another workspace, are refused when it is to run.
 
     Args:
         name: Of the study.
@@ -185,6 +201,7 @@ def load_study(
         workspace: Folder of the results.
         storage: URL of the database; ``None`` is the SQLite file in the workspace.
         device: See :func:`create_study`.
+        accept_changed: See :func:`create_study`; for a study that is opened with its task.
 
     Raises:
         StudyError: There is no such study or database; the studies that exist are named.
@@ -200,10 +217,19 @@ def load_study(
         raise StudyError(_not_found(database, name))
     identity = load_identity(study)
     if task is not None:
-        runner = _runner(task, place, identity.settings, where, Progress())
-        check_same(study, task=_task_identity(task, runner))
+        asked = _asked(task, _runner(task, place, identity.settings, where, Progress()), place)
+        if not accept_changed:
+            # Whoever only looks at it may do so with any version, and from anywhere.
+            asked = replace(asked, versions=None, workspace=None)
+        identity = agree(study, asked, accept=accept_changed)
     return CompressionStudy(
-        study, storage=database, workspace=place, identity=identity, task=task, device=where
+        study,
+        storage=database,
+        workspace=place,
+        identity=identity,
+        task=task,
+        device=where,
+        accept_changed=accept_changed,
     )
 
 
@@ -213,9 +239,23 @@ def _runner(
     return StageRunner(task, workspace, seed=settings.seed, device=device, progress=progress)
 
 
-def _task_identity(task: Task, runner: StageRunner) -> dict[str, object]:
+def _asked(
+    task: Task, runner: StageRunner, workspace: Workspace, settings: SearchSettings | None = None
+) -> Asked:
+    def size() -> dict[str, int]:
+        profile = profile_model(task.build_model(), task.example_input)
+        return {"macs": profile.macs, "params": profile.params}
+
     # The seed is one of the settings.
-    return {"name": task.name, **{key: value for key, value in runner.identity.items() if key != "seed"}}
+    made_of = {key: value for key, value in runner.identity.items() if key != "seed"}
+    return Asked(
+        task={"name": task.name, **made_of},
+        settings=settings,
+        versions=current_versions(),
+        workspace=workspace,
+        size=size,
+        measure=lambda: runner.reference,
+    )
 
 
 def check_name(name: str) -> None:

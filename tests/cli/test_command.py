@@ -51,3 +51,17 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         main([])
     assert ended.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "resume"])
+@pytest.mark.parametrize(("option", "least"), [("--workers", 1), ("--restarts", 0)])
+@pytest.mark.parametrize("number", ["-1", "two", "1.5"])
+def test_workers_are_counted_in_whole_numbers(
+    command: str, option: str, least: int, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in (number, str(least - 1)):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "digits", f"{option}={given}"])
+        assert ended.value.code == 2
+        said = f"argument {option}: '{given}' is not a whole number of {least} or more"
+        assert said in capsys.readouterr().err

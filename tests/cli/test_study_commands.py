@@ -13,6 +13,7 @@ from compress_search.latency import LatencyTable
 from compress_search.search.dashboard import DashboardServer
 from compress_search.search.study import CompressionStudy, create_study, load_study
 from compress_search.task_path import load_task
+from compress_search.workspace import Workspace
 
 Finished = tuple[Path, str, str]
 Patch = pytest.MonkeyPatch
@@ -66,6 +67,32 @@ def test_resume_raises_the_total(copy: Path, capsys: Output) -> None:
     assert len(load_study("tiny").candidates()) == 3
     assert main(["status", "tiny"]) == 0
     assert "3 of 3 trials finished" in capsys.readouterr().out
+
+
+def test_a_changed_recipe_is_gone_on_with_when_it_is_accepted(copy: Path, capsys: Output) -> None:
+    config = copy / "runs/tiny/config.yaml"
+    config.write_text(
+        re.sub(r"^fine_tune:\n  epochs: 1$", "fine_tune:\n  epochs: 2", config.read_text(), flags=re.M)
+    )
+    assert main(["resume", "tiny"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "  - fine_tune.epochs: stored 1, asked 2\n" in error and "--accept-changed (of run, resume" in error
+    )
+    assert main(["resume", "tiny", "--n-trials", "3", "--accept-changed"]) == 0
+    assert "goes on with what has changed. fine_tune.epochs: 1 before trial 2" in capsys.readouterr().err
+    assert main(["status", "tiny"]) == 0
+    assert "Changed: fine_tune.epochs: 1 before trial 2, 2 from it on." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["worker", "resume"])
+def test_a_workspace_that_is_not_the_studys_is_refused(command: str, copy: Path, capsys: Output) -> None:
+    storage = f"sqlite:///{copy / 'runs/study.db'}"
+    assert main([command, "tiny", "--workspace", "other", "--storage", storage]) == 2
+    error = capsys.readouterr().err
+    assert f"(token {Workspace(copy / 'runs').token})', asked '{copy / 'other'} on " in error
+    assert "  - workspace: stored '/" in error and "mount it here" in error
+    assert not (copy / "other").exists()
 
 
 def test_status_tells_everything_of_one_trial(copy: Path, capsys: Output) -> None:

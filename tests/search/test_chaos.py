@@ -30,10 +30,9 @@ from compress_search.workspace import Workspace
 
 N_TRIALS = 10
 ROUNDS = 50
-AT_ONCE = 3
+AT_ONCE = 5
 """So many rounds run beside each other: the workers mostly sleep."""
 
-on_servers = pytest.mark.parametrize("database", ["postgresql", "mariadb"], indirect=True)
 on_both = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 slow = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -197,20 +196,24 @@ def crowd(nursery, database_url, tmp_path, make_settings):
 def one_round(crowd, seed):
     """Kill one of three workers at a random moment of each second, until the study is finished.
 
+    Where a machine is so busy that a second is too short for three stages, the next one is killed after them.
+    A trial whose process dies again and again before it has done anything is given up, as it should be.
+
     Returns:
         How many were killed, and what was found.
     """
-    moments, kills, second = random.Random(seed), 0, time.monotonic()
+    moments, kills, second, stages = random.Random(seed), 0, time.monotonic(), 0
     crowd.start(3)
     moment = second + moments.random()
     while crowd.pids:
         for _ in range(crowd.dead()):
             kills += 1
             crowd.start()
-        if time.monotonic() > moment and len(crowd.pids) == 3:
+        if time.monotonic() > moment and len(crowd.pids) == 3 and crowd.stages() >= stages:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(moments.choice(crowd.pids), signal.SIGKILL)
-            second += 1
+            # Not several at once where this process was late.
+            second, stages = max(second + 1, time.monotonic()), crowd.stages() + 3
             moment = second + moments.random()
         assert time.monotonic() - second < 60, crowd.log()
         time.sleep(0.01)
@@ -246,7 +249,7 @@ def only_complete(crowd):
     [
         ("postgresql", 0),
         ("postgresql", 4),
-        ("mariadb", 4),
+        pytest.param("mariadb", 4, marks=slow),
         pytest.param("postgresql", 60, marks=slow),
         pytest.param("mariadb", 60, marks=slow),
     ],

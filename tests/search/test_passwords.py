@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pytest
 
@@ -46,6 +47,20 @@ def test_a_user_who_may_create_no_tables_is_told_so(guarded, tmp_path):
 def test_a_server_that_is_not_there_is_named_at_once(tmp_path):
     with pytest.raises(StudyError, match="guest@/db.* cannot be used"):
         open_storage(f"postgresql+psycopg://guest@/db?host={tmp_path}", Workspace(tmp_path))
+
+
+@pytest.mark.parametrize("driver", ["postgresql+psycopg", "mysql+pymysql", "mariadb+pymysql"])
+def test_a_host_that_does_not_answer_is_named_with_the_remedy(tmp_path, driver):
+    pytest.importorskip(driver.partition("+")[2])
+    with socket.socket() as taken:
+        # Nobody listens there.
+        taken.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            StudyError, match=f"guest:[*]{{3}}@{host}/db cannot be used(.|\n)*can be reached"
+        ) as caught:
+            open_storage(f"{driver}://guest:{IN_URL}@{host}/db", Workspace(tmp_path))
+    assert "sesame" not in str(caught.value)
 
 
 def test_a_password_is_in_no_file_of_the_study_and_comes_from_the_environment(

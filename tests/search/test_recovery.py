@@ -18,7 +18,9 @@ from compress_search.search.recovery import drop_if_duplicate, queue_retry, reco
 from compress_search.search.storage import backend_of
 from compress_search.worker_process import Worker
 
-every_database = pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"], indirect=True)
+every_database = pytest.mark.parametrize(
+    "database", ["sqlite", "postgresql", pytest.param("mariadb", marks=pytest.mark.slow)], indirect=True
+)
 
 
 def running(study, worker=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -10,16 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from compress_search.exceptions import StudyError
 from compress_search.progress import Progress
-from compress_search.search.history import ANCHOR, current_trials, finished_trials, proposal_indices
+from compress_search.search.history import ANCHOR, WORKER, current_trials, finished_trials, proposal_indices
 from compress_search.search.study import load_study
-from compress_search.search.supervisor import memory_warning, supervise, worker_environments
+from compress_search.search.supervisor import (
+    _SupervisedWorker,
+    memory_warning,
+    supervise,
+    worker_environments,
+)
 
 TASK = """
 import torch
@@ -92,6 +100,23 @@ def watch(study, tmp_path, program, *, workers=1, restarts=3):
     return said
 
 
+def test_workers_that_turn_out_too_large_are_warned_of_while_they_run(
+    new_study, tmp_path, monkeypatch, caplog
+):
+    study, start = new_study(), _SupervisedWorker.start
+
+    def start_with_a_trial(worker):
+        start(worker)
+        told = {WORKER: {"pid": worker.process.pid}}
+        study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=told))
+
+    monkeypatch.setattr(_SupervisedWorker, "start", start_with_a_trial)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=-(2**24)))
+    watch(study, tmp_path, "import time; time.sleep(2)", workers=2)
+    assert caplog.text.count("2 workers need about") == 1
+    assert "use fewer: --workers 1" in caplog.text
+
+
 def test_a_worker_is_restarted_so_often_and_its_last_lines_are_told(new_study, tmp_path):
     program = "import os; print('life', os.getpid(), flush=True); os.kill(os.getpid(), 9)"
     _, first, second, last, error = watch(new_study(), tmp_path, program, restarts=2)
@@ -142,7 +167,7 @@ def test_a_signal_is_passed_on_once_and_the_second_ends_at_once(new_study, tmp_p
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def run(folder, workspace, n_trials, *words):
+def run(folder, workspace, n_trials, *words, **environment):
     """Start ``compress-search run`` on the task."""
     (folder / "killed_task.py").write_text(TASK)
     (folder / "killed.yaml").write_text(CONFIG)
@@ -153,6 +178,7 @@ def run(folder, workspace, n_trials, *words):
             cwd=folder,
             stdout=output,
             stderr=output,
+            env=os.environ | environment,
         )
 
 
@@ -242,3 +268,55 @@ def test_three_workers_killed_at_random_end_as_one_that_is_left_alone(tmp_path):
         assert anchors == expected
         interrupted += more
     assert interrupted > 0
+
+
+QUICK = ("--workers", "2", "selection=uniform", "tolerance=0.2", "fine_tune.epochs=1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_workers_end_at_what_is_enough_and_go_on_with_what_was_accepted(tmp_path):
+    stopped = run(tmp_path, "runs", 9, *QUICK, "stop_when={max_drop: 1}")
+    stopped.communicate()
+    said = (tmp_path / "runs.txt").read_text()
+    assert stopped.returncode == 0 and said.count("Chosen: trial") == 1, said
+    study = load_study("killed", workspace=tmp_path / "runs")
+    finished = len(finished_trials(study.optuna_study.trials))
+    # When one has found it, the other one ends the trial that it is at.
+    assert any(candidate.feasible for candidate in study.candidates()) and 1 <= finished <= 3
+    assert not [trial for trial in study.optuna_study.trials if trial.state.name == "RUNNING"]
+    logs = "".join(path.read_text() for path in (tmp_path / "runs/killed").glob("worker-*.log"))
+    assert logs.count("No further trial is begun") == 2
+
+    changed = ("stop_when=null", "fine_tune.epochs=2", "--accept-changed")
+    accepted = run(tmp_path, "runs", finished + 2, *QUICK, *changed)
+    accepted.communicate()
+    assert accepted.returncode == 0, (tmp_path / "runs.txt").read_text()
+    status = study.status()
+    assert [(change.field, change.after) for change in status.changes] == [("fine_tune.epochs", 2)]
+    assert status.finished == finished + 2
+    study.storage.engine.dispose()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_workers_tell_nobody_the_password_of_their_database(postgresql, tmp_path):
+    secret = "open-sesame-7"
+    postgresql.add_user("crew", secret)
+    database = postgresql.new_database().split("/")[3].split("?")[0]
+    postgresql.execute(f"ALTER DATABASE {database} OWNER TO crew")
+    url = postgresql.url(database, "crew")
+    process = run(tmp_path, "runs", 3, *QUICK, f"storage={url}", COMPRESS_SEARCH_DB_PASSWORD=secret)
+    commands = set()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            commands |= {" ".join(one.cmdline()) for one in family}
+        time.sleep(0.05)
+    said = (tmp_path / "runs.txt").read_text()
+    assert process.returncode == 0 and "Chosen: trial" in said, said
+    assert sum("--supervised" in command for command in commands) == 1
+    assert not [command for command in commands if secret in command]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"report.html", "worker-1.log", "study.log", "config.yaml"} <= {path.name for path in files}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]

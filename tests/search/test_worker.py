@@ -26,7 +26,9 @@ from compress_search.search.worker import run_trials
 from compress_search.stopping import StopSwitch
 from compress_search.worker_process import Worker
 
-every_database = pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"], indirect=True)
+every_database = pytest.mark.parametrize(
+    "database", ["sqlite", "postgresql", pytest.param("mariadb", marks=pytest.mark.slow)], indirect=True
+)
 
 
 class Killed(BaseException):
@@ -179,7 +181,7 @@ def undisturbed(new_study, objective, runner, make_settings):
         ),
         ("sqlite", SystemExit, (7,)),
         ("postgresql", Killed, (2, 3, 9)),
-        ("mariadb", Killed, (2, 3, 9)),
+        pytest.param("mariadb", Killed, (2, 3, 9), marks=pytest.mark.slow),
     ],
     indirect=["database"],
 )
