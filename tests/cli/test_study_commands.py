@@ -95,6 +95,18 @@ def test_a_workspace_that_is_not_the_studys_is_refused(command: str, copy: Path,
     assert not (copy / "other").exists()
 
 
+def test_a_worker_joins_in_a_copied_workspace_once_that_is_accepted(copy: Path, capsys: Output) -> None:
+    shutil.copytree(copy / "runs", copy / "other", ignore=shutil.ignore_patterns(".workspace"))
+    words = ["worker", "tiny", "--workspace", "other", "--storage", f"sqlite:///{copy / 'runs/study.db'}"]
+    assert main(words) == 2
+    assert "(token missing)'\n" in (error := capsys.readouterr().err) and "--accept-changed (of" in error
+    assert main([*words, "--accept-changed"]) == 0
+    assert main(["status", "tiny"]) == 0
+    token = Workspace(copy / "other").token
+    assert re.search(rf"^Changed: workspace: .*{copy / 'other'} on ", shown := capsys.readouterr().out, re.M)
+    assert token is not None and "before trial 2" in shown
+
+
 def test_status_tells_everything_of_one_trial(copy: Path, capsys: Output) -> None:
     assert main(["status", "tiny", "--trial", "1"]) == 0
     text = capsys.readouterr().out
