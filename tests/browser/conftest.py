@@ -45,7 +45,10 @@ class Visit:
 
     def wait_for_figures(self, selector):
         """Wait until all figures that the page has places for are drawn."""
-        drawn = "at => (all => all.length && all.every(f => f._fullLayout?._size))([...document.querySelectorAll(at)])"
+        drawn = """(at) => {
+            const all = [...document.querySelectorAll(at)];
+            return all.length > 0 && all.every((figure) => figure._fullLayout?._size);
+        }"""
         self.page.wait_for_function(drawn, arg=selector)
         return self
 
@@ -58,12 +61,13 @@ class Visit:
 
     def figure(self, selector):
         """Return a figure's traces as plotly has them: of each its fields that matter here."""
-        script = """(figure) => figure.data.map(({name, mode, x, y, text, hovertext, xaxis, marker}) => (
-            {name, mode, x: [...(x ?? [])], y: [...(y ?? [])], text, hovertext, xaxis, symbol: marker?.symbol}))"""
+        script = """(figure) => figure.data.map(({ name, x, y, text, xaxis, marker }) => ({
+            name, x: [...(x ?? [])], y: [...(y ?? [])], text, xaxis, symbol: marker?.symbol, colour: marker?.color,
+        }))"""
         return self.page.eval_on_selector(selector, script)
 
     def hover(self, selector, *, x, y, axis=""):
-        """Put the mouse on a point of a figure, given in its numbers, and return what it then says."""
+        """Put the mouse on a point of a figure, given in its numbers; return the lines that it then says."""
         script = """(figure, [x, y, axis]) => {
             const {[`xaxis${axis}`]: across, [`yaxis${axis}`]: down} = figure._fullLayout;
             const box = figure.getBoundingClientRect();
@@ -76,9 +80,8 @@ class Visit:
         self.page.mouse.move(across, down, steps=3)
         label = self.page.locator(f"{selector} .hoverlayer .hovertext")
         label.first.wait_for()
-        lines = label.first.evaluate("""label => [...label.querySelectorAll("text > tspan, text:not(:has(tspan))")]
-            .map(line => line.textContent)""")
-        return lines
+        lines = label.first.locator("css=text > tspan, text:not(:has(tspan))")
+        return lines.all_text_contents()
 
     def busy_seconds(self):
         """Processor time of the page's thread since it was opened: what opening takes on an idle machine."""
@@ -91,9 +94,9 @@ class Visit:
             "document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
         )
 
-    def hard_to_read(self, least):
-        """The texts whose contrast is less than that, as pairs of text and contrast; some text there must be."""
-        texts = self.page.evaluate(READABILITY)
+    def hard_to_read(self, least, within="body"):
+        """The texts of a part of the page whose contrast is less than that, with the contrast and the colour."""
+        texts = self.page.evaluate(READABILITY, within)
         assert len(texts) > 20
         return {(t["text"], round(t["contrast"], 2), t["colour"]) for t in texts if t["contrast"] < least}
 

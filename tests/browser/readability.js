@@ -1,5 +1,5 @@
-// Every text that is shown, with how well it stands out: the contrast ratio of WCAG 2, 1 to 21.
-() => {
+// Every text that is shown within some elements, with how well it stands out: the contrast ratio of WCAG 2, 1 to 21.
+(within) => {
   const channels = (colour) => {
     const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
     canvas.fillStyle = colour;
@@ -30,9 +30,12 @@
   for (let node = walker.nextNode(); node !== null; node = walker.nextNode()) {
     const element = node.parentElement, text = node.textContent.trim();
     // In the cells of a heat map Plotly chooses black or white itself, by the colour of each.
-    if (text === "" || element.closest("script, style, noscript, .heatmap-label")) continue;
+    if (text === "" || !element.closest(within) || element.closest("script, style, noscript, .heatmap-label")) continue;
     if (!element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
-    const behind = ground(element), style = getComputedStyle(element);
+    // What Plotly says of a point stands in a box of its own.
+    const box = element.closest(".hovertext")?.querySelector("path");
+    const behind = box ? channels(getComputedStyle(box).fill).rgb : ground(element);
+    const style = getComputedStyle(element);
     const inside = element.closest("svg") === null ? style.color : style.fill;
     const { rgb, alpha } = channels(inside);
     texts.push({ text: text.slice(0, 80), contrast: contrast(over(rgb, alpha, behind), behind), colour: inside });

@@ -93,6 +93,7 @@ def test_hovering_over_a_point_tells_its_trial(opened, study):
         assert said[0] == f"trial {number}, {standing}"
         assert f"mac_ratio: {mac_ratio:.4f}" in said
         assert any(line.startswith("after spatial_svd: ") for line in said)
+        assert opened.hard_to_read(4.5) == set()
         opened.picture(f"report-hover-{number}", whole=False)
 
 
@@ -155,10 +156,8 @@ def test_it_can_be_read_on_every_screen(opened):
         assert opened.overflow() == 0
         assert opened.hard_to_read(4.5) == set()
         # Also where the window has changed after they were drawn, figures keep to their places.
-        places = opened.page.locator(
-            "[data-figure]"
-        ).evaluate_all("""all => all.map(
-            (figure) => [figure, figure.querySelector(".main-svg")].map((part) => part.getBoundingClientRect()))""")
+        places = opened.page.locator("[data-figure]").evaluate_all("""(all) => all.map((figure) =>
+            [figure, figure.querySelector(".main-svg")].map((part) => part.getBoundingClientRect()))""")
         for place, drawing in places:
             assert drawing["width"] <= place["width"] + 1
             assert drawing["height"] <= place["height"] + 1
