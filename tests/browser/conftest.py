@@ -29,10 +29,15 @@ class Visit:
         self.faults, self.loaded = [], []
         page.on("console", lambda said: self.faults.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("requestfailed", lambda request: self.faults.append(f"{request.url}: {request.failure}"))
+        page.on("requestfailed", self._note_failure)
         page.on("request", lambda request: self.loaded.append(request.url))
         self._developer = page.context.new_cdp_session(page)
         self._developer.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def _note_failure(self, request):
+        # What is still under way when another page is opened is given up.
+        if request.failure != "net::ERR_ABORTED":
+            self.faults.append(f"{request.url}: {request.failure}")
 
     def go(self, address):
         """Open an address."""
@@ -62,7 +67,8 @@ class Visit:
     def figure(self, selector):
         """Return a figure's traces as plotly has them: of each its fields that matter here."""
         script = """(figure) => figure.data.map(({ name, x, y, text, xaxis, marker }) => ({
-            name, x: [...(x ?? [])], y: [...(y ?? [])], text, xaxis, symbol: marker?.symbol, colour: marker?.color,
+            name, x: [...(x ?? [])], y: [...(y ?? [])], text, xaxis,
+            symbol: marker?.symbol, colour: marker?.color,
         }))"""
         return self.page.eval_on_selector(selector, script)
 
@@ -95,7 +101,7 @@ class Visit:
         )
 
     def hard_to_read(self, least, within="body"):
-        """The texts of a part of the page whose contrast is less than that, with the contrast and the colour."""
+        """The texts of a part of the page whose contrast is less than that, with it and their colour."""
         texts = self.page.evaluate(READABILITY, within)
         assert len(texts) > 20
         return {(t["text"], round(t["contrast"], 2), t["colour"]) for t in texts if t["contrast"] < least}

@@ -179,7 +179,9 @@ def test_five_hundred_trials_open_within_three_seconds(visit, big_study):
     file = big_study.report().page
     assert file.stat().st_size < 10_000_000
     opened = visit(file.as_uri()).wait_for_figures("[data-figure]")
-    assert opened.busy_seconds() < 3
+    busy = opened.busy_seconds()
+    print(f"{file.stat().st_size / 1e6:.1f} MB, {busy:.1f} s of processor time")
+    assert busy < 3
     assert opened.page.locator("#trials tbody tr").count() == len(big_study.candidates())
     before = opened.busy_seconds()
     opened.page.get_by_role("button", name="accuracy", exact=True).click()
