@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from optuna.trial import TrialState
 
+from compress_search.latency import LatencyRow, LatencyTable, Spread
 from compress_search.reports.layers import LayerRow
 from compress_search.reports.page import Details, write_report
 from compress_search.reports.sensitivity import LOSSES, StageSensitivity
@@ -31,7 +32,9 @@ def page(study):
     ]
     cells = [Cell("stem.conv", size, 10.0**-size) for size in range(1, 6)]
     table = StageSensitivity("spatial_svd", LOSSES["divergence"], SensitivityTable(tuple(cells)))
-    details = Details(layers=rows, sensitivities=[table], test=(0.91, 0.9))
+    times = {"original": Spread(4e-3, 3e-3, 5e-3, 20), "compressed": Spread(2e-3, 1e-3, 3e-3, 20)}
+    latency = LatencyTable("a processor", 1, "2.15", 0.5, (LatencyRow("eager", 1, times),))
+    details = Details(layers=rows, sensitivities=[table], test=(0.91, 0.9), latency=latency)
     settings = study.settings.to_dict()
     return write_report(
         study.folder,
