@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # Idle OpenMP threads that spin take the cores from the ones that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow browser lint format docs clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -19,6 +19,11 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+# What tests/browser look at the pages with: Debian's Chromium, and playwright to drive it. Without, they skip.
+browser: $(INSTALLED)
+	command -v chromium >/dev/null || .ci/apt_install chromium
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[browser]'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -27,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
         help="measure latency: original against compressed, in three runtimes",
         description="Measure how long a trial's model and the original take on this machine: in PyTorch as "
         "it is, compiled by torch.compile, and in ONNX Runtime. Of a study the result is kept in "
-        "latency/trial-N.json. Fewer MACs are not always as much faster.",
+        "latency/trial-N.json, where `compress-search report` finds it. Fewer MACs are not always as much "
+        "faster.",
         epilog="Example: compress-search benchmark digits --trial 7 --threads 1 --output latency.md",
     )
     add_study_argument(parser, or_else="; or a torch.export program (model.pt2, or the folder of an export)")

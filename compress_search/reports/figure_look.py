@@ -26,15 +26,20 @@ class Theme:
     Attributes:
         ink: Colour of the text.
         grid: Colour of grid lines and frames.
+        box: Colour of the box that what is known of a point stands in.
+        box_ink: Colour of the text in it.
     """
 
     ink: str
     grid: str
+    box: str
+    box_ink: str
 
 
-LIGHT = Theme("#222222", "#DDDDDD")
-DARK = Theme("#E6E6E6", "#4A4A4A")
-ANY = Theme("#808080", "rgba(128, 128, 128, 0.35)")
+LIGHT = Theme("#222222", "#DDDDDD", box="#FFFFFF", box_ink="#222222")
+DARK = Theme("#E6E6E6", "#4A4A4A", box="#212427", box_ink="#E6E6E6")
+# A grey that stands out from white as much as from the dashboard's black.
+ANY = Theme("#7A7A7A", "rgba(128, 128, 128, 0.35)", box="#FFFFFF", box_ink="#222222")
 """For a page that may be light or dark, such as the dashboard's."""
 
 
@@ -59,16 +64,18 @@ def common_layout(theme: Theme, *, height: int, bottom: int, legend: bool = True
         bottom: What the axis titles and the legend below them take of it, in pixels.
         legend: Whether there is one.
     """
+    font = {"family": "system-ui, sans-serif", "size": 13}
     return {
         "template": "none",
         "height": height,
         "margin": {"l": 64, "r": 16, "t": 40, "b": bottom},
-        "font": {"color": theme.ink, "family": "system-ui, sans-serif", "size": 13},
+        "font": {**font, "color": theme.ink},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {"align": "left"},
+        # By default it has the colour of the point, on which white is hard to read.
+        "hoverlabel": {"align": "left", "bgcolor": theme.box, "font": {**font, "color": theme.box_ink}},
         "hovermode": "closest",
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": theme.grid, "activecolor": theme.ink},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": theme.ink},
         "showlegend": legend,
         "legend": {
             "orientation": "h",
@@ -88,7 +95,7 @@ def recoloured(layout: Mapping[str, Any], theme: Theme) -> dict[str, Any]:
         layout: Of the figure on a light page, as plain values.
         theme: The other page's.
     """
-    colours = {LIGHT.ink: theme.ink, LIGHT.grid: theme.grid}
+    colours = {LIGHT.ink: theme.ink, LIGHT.grid: theme.grid, LIGHT.box: theme.box}
 
     def replaced(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from compress_search.latency import LatencyTable
 from compress_search.reports.layers import LayerRow
 from compress_search.reports.sensitivity import StageSensitivity
 from compress_search.reports.trials import StageTime
@@ -65,6 +66,20 @@ _TIME = {
     "seconds": "float64",
     "reused": "int64",
     "saved": "float64",
+}
+
+_LATENCY = {
+    "runtime": "string",
+    "batch": "int64",
+    "model": "string",
+    "median": "float64",
+    "lower": "float64",
+    "upper": "float64",
+    "runs": "Int64",
+    "left_out": "string",
+    "device": "string",
+    "threads": "int64",
+    "torch": "string",
 }
 
 
@@ -135,6 +150,28 @@ def times_frame(times: Sequence[StageTime]) -> pd.DataFrame:
         how often; ``saved``, the seconds that computing those had taken.
     """
     return _frame([{"stage": row.name, **vars(row)} for row in times], _TIME)
+
+
+def latency_frame(table: LatencyTable | None) -> pd.DataFrame:
+    """Make one row a runtime, batch size and model, or a runtime and batch size that were left out.
+
+    Args:
+        table: What was measured; ``None`` makes no rows.
+
+    Returns:
+        ``runtime``; ``batch``, the examples a call; ``model``, ``"original"`` or ``"compressed"``;
+        ``median``, ``lower`` and ``upper`` quartile of a call's time in seconds; ``runs``, how many calls;
+        ``left_out``, why there are none; ``device``, the processor or GPU; ``threads`` of the CPU;
+        ``torch``, its version.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in () if table is None else table.rows:
+        common = {"runtime": row.runtime, "batch": row.batch, "left_out": row.reason}
+        common |= {name: getattr(table, name) for name in ("device", "threads", "torch")}
+        rows += [{**common, "model": model, **vars(times)} for model, times in row.times.items()]
+        if row.reason is not None:
+            rows.append(common)
+    return _frame(rows, _LATENCY)
 
 
 def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> tuple[Path, ...]:

@@ -17,12 +17,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from compress_search.latency import LatencyTable
 from compress_search.plain_text import duration
 from compress_search.reports.answer import answer_facts, summary_of, why_no_answer
 from compress_search.reports.figure_look import DARK, recoloured
 from compress_search.reports.figures import StudyFigure, study_figures
 from compress_search.reports.formatting import count, ratio, stage_label
 from compress_search.reports.frames import (
+    latency_frame,
     layers_frame,
     sensitivity_frame,
     times_frame,
@@ -57,8 +59,8 @@ class ReportFiles:
         plot: The interactive figure alone, ``front.html``.
         picture: The figure as a picture, ``front.png``.
         table: The trials, ``candidates.csv``.
-        more_tables: The layers of the chosen model, its sensitivity tables and the time of the stages, as
-            CSV; and if pyarrow is installed all tables as Parquet. What is not known has no rows.
+        more_tables: The layers of the chosen model, its sensitivity tables, its latency and the time of the
+            stages, as CSV; and if pyarrow is installed all tables as Parquet. What is not known has no rows.
     """
 
     page: Path
@@ -76,6 +78,7 @@ class Details:
         layers: What became of each of its layers.
         sensitivities: The tables that its stages chose their sizes by.
         test: Accuracy of the original and of it on the test data, if measured.
+        latency: How long it and the original take, if measured.
         export_folder: Where it was exported to, if it was.
         fault: What is wrong with its stored files, if anything.
     """
@@ -83,6 +86,7 @@ class Details:
     layers: Sequence[LayerRow] = ()
     sensitivities: Sequence[StageSensitivity] = ()
     test: tuple[float, float] | None = None
+    latency: LatencyTable | None = None
     export_folder: Path | None = None
     fault: str | None = None
 
@@ -127,6 +131,7 @@ def write_report(
         "candidates": trials_frame(front),
         "layers": layers_frame(details.layers),
         "sensitivity": sensitivity_frame(details.sensitivities),
+        "latency": latency_frame(details.latency),
         "stages": times_frame(times),
     }
     flat = _flat(settings or {})
@@ -139,6 +144,7 @@ def write_report(
         drawn=drawn,
         chosen=chosen,
         answer=[] if chosen is None else answer_facts(chosen, front, scale=data.scale, test=details.test),
+        latency=details.latency,
         code=None if chosen is None else _code(chosen, details),
         fault=details.fault,
         problem=why_no_answer(front),

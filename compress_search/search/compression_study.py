@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -429,7 +430,8 @@ class CompressionStudy:
     ) -> LatencyTable:
         """Measure how long a candidate and the original take on this machine, and keep that beside the study.
 
-        It is kept in ``latency/trial-N.json`` in :attr:`folder`; measuring again replaces it.
+        It is kept in ``latency/trial-N.json`` in :attr:`folder`, where :meth:`report` finds it; measuring
+        again replaces it.
 
         Args:
             candidate: A complete candidate.
@@ -531,6 +533,18 @@ class CompressionStudy:
         number = str(candidate.number)
         return TestScore(scores["original"], scores[number]) if number in scores else None
 
+    def _stored_latency(self, candidate: Candidate) -> LatencyTable | None:
+        file = self.latency_file(candidate)
+        if not file.is_file():
+            return None
+        try:
+            return LatencyTable.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            logger.warning(
+                "The latency of trial %d cannot be read from %s: %r", candidate.number, file, error
+            )
+            return None
+
     def _candidate_of(self, trial: Candidate | int) -> Candidate:
         return self.candidate(trial if isinstance(trial, int) else trial.number)
 
@@ -539,6 +553,7 @@ class CompressionStudy:
         test, exported = self._stored_test(candidate), self._export_folder(candidate)
         known = Details(
             test=None if test is None else (test.original, test.candidate),
+            latency=self._stored_latency(candidate),
             export_folder=exported if exported.is_dir() else None,
         )
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.exceptions import StudyError
 from compress_search.recipe import FineTune, Recipe
@@ -38,6 +38,7 @@ class TrialHistory:
     Attributes:
         number: Its number in the study.
         state: ``"complete"``, ``"pruned"``, ``"failed"``, ``"running"`` or ``"waiting"``.
+        feasible: Whether a complete one ended in the band; ``None`` if it is not complete.
         params: What it asks for, so far.
         reason: Why it was pruned, failed or interrupted.
         traceback: The last lines of the traceback of a failed trial.
@@ -62,6 +63,7 @@ class TrialHistory:
 
     number: int
     state: str
+    feasible: bool | None
     params: Mapping[str, float | int | str]
     reason: str | None
     traceback: tuple[str, ...]
@@ -101,7 +103,7 @@ class TrialHistory:
             return f": {self.reason}"
         if self.state == "running" and self.worker_gone:
             return ", but its process is gone; resuming the study runs it again"
-        return ""
+        return ", but outside the band: it does not meet the target" if self.feasible is False else ""
 
     def _facts(self) -> Iterator[str]:
         if self.params:
@@ -170,6 +172,7 @@ def trial_history(trials: Sequence[FrozenTrial], number: int, *, study: str, sta
     return TrialHistory(
         number=number,
         state=STATES[trial.state],
+        feasible=_is_feasible(trial),
         params=trial.params,
         reason=attributes.get(REASON),
         traceback=tuple(attributes.get(TRACEBACK, ())),
@@ -191,6 +194,11 @@ def trial_history(trials: Sequence[FrozenTrial], number: int, *, study: str, sta
         of_epochs=None if training is None else training.epochs,
         folder=stages / finished[-1].key if finished else None,
     )
+
+
+def _is_feasible(trial: FrozenTrial) -> bool | None:
+    complete = trial.state == TrialState.COMPLETE
+    return all(value <= 0 for value in trial.constraints.values()) if complete else None
 
 
 def _trials(numbers: Sequence[int]) -> str:

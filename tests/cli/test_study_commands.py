@@ -229,7 +229,15 @@ def test_benchmark_keeps_the_latency_of_a_trial_beside_the_study(copy: Path, cap
     table = LatencyTable.from_dict(kept)
     assert [(row.runtime, row.batch) for row in table.rows] == [("eager", 1), ("eager", 3)]
     assert table.to_markdown() == (copy / "latency.md").read_text()
-    assert table.mac_ratio == load_study("tiny").candidates()[1].mac_ratio
+    study = load_study("tiny")
+    best = study.candidates()[1]
+    assert table.mac_ratio == best.mac_ratio
+    page = study.report(best).page.read_text()
+    assert table.caption in page
+    assert table.cells()[2][2] in page
+    # What cannot be read costs the latency, not the report.
+    (copy / "runs/tiny/latency/trial-1.json").write_text('{"rows": 7}')
+    assert "Measured latency" not in study.report(best).page.read_text()
 
 
 def test_benchmark_of_a_program_needs_no_study(copy: Path, capsys: Output) -> None:

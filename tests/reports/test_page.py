@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from compress_search.latency import LatencyRow, LatencyTable, Spread
 from compress_search.recipe import FineTune
 from compress_search.reports.layers import LayerRow
 from compress_search.reports.page import Details, ReportFiles, write_report
@@ -93,6 +94,7 @@ def test_the_page_needs_nothing_else(front: ParetoFront, tmp_path: Path) -> None
         "front.html",
         "front.png",
         "candidates.csv",
+        "latency.csv",
         "layers.csv",
         "sensitivity.csv",
         "stages.csv",
@@ -106,6 +108,32 @@ def test_the_answer_comes_first(front: ParetoFront, tmp_path: Path) -> None:
     assert "test accuracy 95.00 % original 96.00 %, drop +1.00 points" in text
     assert "MACs per example 500 k of 1.00 M" in text
     assert text.index("The answer") < text.index("Accuracy against MACs") < text.index("All trials")
+
+
+def test_the_answer_has_the_measured_latency(front: ParetoFront, tmp_path: Path) -> None:
+    rows = (
+        LatencyRow(
+            "eager",
+            1,
+            {"original": Spread(0.004, 0.003, 0.005, 20), "compressed": Spread(0.002, 0.001, 0.003, 20)},
+        ),
+        LatencyRow("onnxruntime", 32, {}, f"it is not installed {NASTY}"),
+    )
+    table = LatencyTable("a processor", 2, "2.15", 0.5, rows)
+    files = _write(tmp_path, front, front.best[-1], details=Details(latency=table))
+    text = _read(files.page).text
+    assert "eager 1 4.00 (3.00-5.00) 2.00 (1.00-3.00) 2.00" in text
+    assert "on a processor, 2 threads" in text
+    assert "left out: it is not installed </script>" in text
+    assert text.index("The answer") < text.index("Measured latency") < text.index("Accuracy against MACs")
+    assert (tmp_path / "latency.csv").read_text().splitlines()[1:3] == [
+        "eager,1,original,0.004,0.003,0.005,20,,a processor,2,2.15",
+        "eager,1,compressed,0.002,0.001,0.003,20,,a processor,2,2.15",
+    ]
+    # Not measured, none is claimed.
+    other = _write(tmp_path, front, front.best[-1])
+    assert "Measured latency" not in _read(other.page).text
+    assert (tmp_path / "latency.csv").read_text().count("\n") == 1
 
 
 def test_without_a_test_score_none_is_claimed(front: ParetoFront, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def note_of(study: CompressionStudy, number: int) -> str:
     return trial_note(trial, reference=study.reference, folder=folder, plan=plan)
 
 
+def test_an_infeasible_trial_is_called_that(study: CompressionStudy) -> None:
+    assert note_of(study, 3).startswith("**Trial 3 is complete, but outside the band: it does not meet")
+    assert note_of(study, 1).startswith("**Trial 1 is complete.**")
+
+
 def table(note: str, heading: str) -> list[list[str]]:
     """The cells of the table under a heading, without its header."""
     lines = note.partition(f"### {heading}\n\n")[2].partition("\n\n")[0].splitlines()[2:]

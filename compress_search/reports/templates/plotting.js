@@ -9,6 +9,8 @@ const config = {
 const draw = () => {
   for (const [place, { data, layouts }] of figures) {
     const layout = layouts[narrow.matches ? "narrow" : "wide"][dark.matches ? "dark" : "light"];
+    // When the window is resized, Plotly takes the height from the place, not from the layout any more.
+    place.style.height = `${layout.height}px`;
     Plotly.react(place, data, structuredClone(layout), config);
   }
 };
