@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -124,12 +125,16 @@ def test_the_answer_has_the_measured_latency(front: ParetoFront, tmp_path: Path)
     text = _read(files.page).text
     assert "eager 1 4.00 (3.00-5.00) 2.00 (1.00-3.00) 2.00" in text
     assert "on a processor, 2 threads" in text
+    assert "MACs are not latency" not in text
     assert "left out: it is not installed </script>" in text
     assert text.index("The answer") < text.index("Measured latency") < text.index("Accuracy against MACs")
     assert (tmp_path / "latency.csv").read_text().splitlines()[1:3] == [
         "eager,1,original,0.004,0.003,0.005,20,,a processor,2,2.15",
         "eager,1,compressed,0.002,0.001,0.003,20,,a processor,2,2.15",
     ]
+    slow = dataclasses.replace(table, mac_ratio=0.25)
+    text = _read(_write(tmp_path, front, front.best[-1], details=Details(latency=slow)).page).text
+    assert "MACs are not latency: there are 4.00 times fewer of them." in text
     # Not measured, none is claimed.
     other = _write(tmp_path, front, front.best[-1])
     assert "Measured latency" not in _read(other.page).text
