@@ -225,8 +225,7 @@ def one_round(crowd, seed):
         ("sqlite", 2),
         ("postgresql", 2),
         pytest.param("sqlite", 50, marks=slow),
-        # As many as fit into two minutes of a busy machine; 50 of them pass as well.
-        pytest.param("postgresql", 30, marks=slow),
+        pytest.param("postgresql", 50, marks=slow),
     ],
     indirect=["database"],
 )
