@@ -3,7 +3,7 @@
 Launch it with ``python studies/benchmarks/field.py``. From each seed and at each share of the MACs AIMET
 compresses first, by spatial SVD and then by channel pruning; compress_search does the same, and Torch-Pruning
 prunes, each to no more MACs than AIMET has left. Then the same code fine-tunes all three for as many epochs,
-from the same seed and taught by the original network. The network, its images, who judges and what is kept
+from the same seeds and taught by the original network. The network, its images, who judges and what is kept
 are those of :mod:`benchmarks.ratio_selection` and :mod:`benchmarks.fine_tuning`.
 
 Nothing is fine-tuned between the two methods: AIMET's process does not keep the network that it has there.
@@ -18,7 +18,7 @@ import argparse
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from benchmarks.field_table import Row, as_csv, as_markdown
 from benchmarks.fine_tuning import Bench
 from benchmarks.ratio_selection import FOLDER, NETWORK
 from benchmarks.running import Laboratory
-from benchmarks.tunings import keep, stored
+from benchmarks.tunings import Tuned, keep, stored
 from compress_search import FineTune
 from compress_search.progress import Progress
 
@@ -43,6 +43,7 @@ def run(
     ratios: Sequence[float],
     seeds: Sequence[int],
     *,
+    tunings: int,
     table: bool,
     written: Callable[[Sequence[Row]], None],
 ) -> list[Row]:
@@ -54,7 +55,8 @@ def run(
         bench: The conditions.
         network: Name of the network.
         ratios: Shares of the MACs, keys of :data:`benchmarks.field_cases.SPLITS`.
-        seeds: To repeat it from.
+        seeds: To compress from.
+        tunings: So many fine-tunings of each compressed network, from seeds of their own.
         table: Run none.
         written: Called with all rows so far after every three of them.
     """
@@ -62,20 +64,21 @@ def run(
     asked = list(itertools.product(seeds, ratios))
     with bench.progress.bar("shares of the MACs", len(asked)) as advance:
         for seed, ratio in asked:
-            found = three(bench, cases_of(network, ratio, seed), ratio, table=table)
+            found = three(bench, cases_of(network, ratio, seed), ratio, tunings=tunings, table=table)
             rows += found
             written(rows)
             advance(f"{ratio:g}, seed {seed}: " + ", ".join(map(str, found)))
     return rows
 
 
-def three(bench: Bench, cases: Sequence[Case], ratio: float, *, table: bool) -> list[Row]:
+def three(bench: Bench, cases: Sequence[Case], ratio: float, *, tunings: int, table: bool) -> list[Row]:
     """Compress and fine-tune by each tool; what is there is not run again.
 
     Args:
         bench: The conditions.
         cases: Of one share of the MACs and one seed; AIMET's first.
         ratio: That share.
+        tunings: So many fine-tunings of each.
         table: Run none.
     """
     rows = []
@@ -91,22 +94,29 @@ def three(bench: Bench, cases: Sequence[Case], ratio: float, *, table: bool) -> 
         if result is None:
             continue
         results.append(result)
-        tuned = None
-        if result.error is None:
-            tuning = bench.tuning(case, case.seed, distilled=True)
-            tuned = stored(tuning, bench.folder)
-            if tuned is None and not table:
-                tuned = bench.run(case, result, tuning)
-                keep(tuning, tuned, bench.folder)
-        rows.append(Row(ratio, case.tool, case.seed, result, tuned))
+        tuned = [] if result.error else list(fine_tuned(bench, case, result, tunings, table=table))
+        rows.append(Row(ratio, case.tool, case.seed, result, tuple(tuned)))
     return rows
+
+
+def fine_tuned(bench: Bench, case: Case, result: Result, tunings: int, *, table: bool) -> Iterator[Tuned]:
+    """Fine-tune a compressed network from several seeds, or find what came of it before."""
+    for seed in range(tunings):
+        tuning = bench.tuning(case, seed, distilled=True)
+        tuned = stored(tuning, bench.folder)
+        if tuned is None and not table:
+            tuned = bench.run(case, result, tuning)
+            keep(tuning, tuned, bench.folder)
+        if tuned is not None:
+            yield tuned
 
 
 def main() -> None:
     """Run what is asked for; print the table and write it."""
     parser = argparse.ArgumentParser(description="Three tools at three shares of the MACs.")
     parser.add_argument("--ratios", type=float, nargs="+", choices=list(SPLITS), default=list(SPLITS))
-    parser.add_argument("--seeds", type=int, default=2, help="so many of each (default 2)")
+    parser.add_argument("--seeds", type=int, default=1, help="to compress from (default 1)")
+    parser.add_argument("--tunings", type=int, default=2, help="of each compressed network (default 2)")
     parser.add_argument("--epochs", type=int, default=3, help="of every fine-tuning (default 3)")
     parser.add_argument("--lr", type=float, default=FineTune().lr, help=f"default {FineTune().lr:g}")
     parser.add_argument("--images", type=int, default=49_000, help="training images (default all, 49000)")
@@ -130,7 +140,15 @@ def main() -> None:
         (given.folder / "field.csv").write_text(as_csv(rows))
 
     given.folder.mkdir(parents=True, exist_ok=True)
-    rows = run(bench, NETWORK, given.ratios, range(given.seeds), table=given.table, written=write)
+    rows = run(
+        bench,
+        NETWORK,
+        given.ratios,
+        range(given.seeds),
+        tunings=given.tunings,
+        table=given.table,
+        written=write,
+    )
     print(as_markdown(rows, head))
 
 

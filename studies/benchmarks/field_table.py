@@ -19,7 +19,8 @@ COLUMNS = (
     "before fine-tuning",
     "after",
     "drop (points)",
-    "seeds",
+    "networks",
+    "fine-tunings",
     "CPU seconds to compress",
     "to fine-tune",
 )
@@ -29,26 +30,26 @@ _TEXTS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One tool at one share of the MACs, from one seed.
+    """What one tool made of the network at one share of the MACs, from one seed.
 
     Attributes:
         asked: The share of the MACs.
         tool: Which tool.
         seed: The seed.
         result: Of the compression.
-        tuned: Of the fine-tuning; ``None`` while it is not run, and where the tool failed.
+        tuned: Of each fine-tuning; none while it is not run, and where the tool failed.
     """
 
     asked: float
     tool: str
     seed: int
     result: Result
-    tuned: Tuned | None
+    tuned: tuple[Tuned, ...]
 
     def __str__(self) -> str:
         if self.result.accuracy is None:
             return f"{self.tool} failed"
-        after = "" if self.tuned is None else f" to {self.tuned.after:.4f}"
+        after = f" to {mean(run.after for run in self.tuned):.4f}" if self.tuned else ""
         return f"{self.tool} {self.result.accuracy:.4f}{after}"
 
 
@@ -70,13 +71,13 @@ class Line:
 
     @property
     def before(self) -> list[float]:
-        """The accuracy of each seed after compression."""
+        """The accuracy of each compressed network."""
         return [row.result.accuracy for row in self.rows if row.result.accuracy is not None]
 
     @property
     def after(self) -> list[float]:
-        """The accuracy of each seed after fine-tuning, of those that were fine-tuned."""
-        return [row.tuned.after for row in self.rows if row.tuned is not None]
+        """The accuracy after each fine-tuning of them."""
+        return [run.after for row in self.rows for run in row.tuned]
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
@@ -115,8 +116,8 @@ def as_markdown(rows: Sequence[Row], head: str) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Every number of every row."""
-    records = [_record(row) for row in rows]
+    """Every number of every fine-tuning, one row each; one for a network that has none."""
+    records = [_record(row, tuned) for row in rows for tuned in row.tuned or (None,)]
     text = io.StringIO()
     if records:
         writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
@@ -143,9 +144,9 @@ def findings(lines: Sequence[Line]) -> list[str]:
 
 
 def _standing(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Whether the seeds of the two are apart. One seed each has no spread."""
+    """Whether the two are apart whatever the seed. One each has no spread."""
     if min(len(mine), len(theirs)) == 1:
-        return "one seed, so the spread is not known"
+        return "one each, so the spread is not known"
     if min(mine) > max(theirs):
         return "ahead with every seed"
     if max(mine) < min(theirs):
@@ -158,7 +159,7 @@ def _texts(line: Line) -> list[str]:
     if not line.rows:
         return [*row, f"failed: {line.error}".replace("|", "/"), *[""] * (len(COLUMNS) - len(row) - 1)]
     efforts = [row.result.effort for row in line.rows if row.result.effort is not None]
-    tuned = [row.tuned for row in line.rows if row.tuned is not None]
+    tuned = [run for row in line.rows for run in row.tuned]
     return [
         *row,
         f"{mean(row.result.mac_ratio or 0.0 for row in line.rows):.4f}",
@@ -166,6 +167,7 @@ def _texts(line: Line) -> list[str]:
         _spread(line.after),
         f"{mean(run.drop for run in tuned):.2f}" if tuned else "",
         str(len(line.rows)),
+        str(len(tuned)),
         f"{mean(effort.cpu_seconds for effort in efforts):.0f}",
         f"{mean(run.cpu_seconds for run in tuned):.0f}" if tuned else "",
     ]
@@ -179,8 +181,8 @@ def _spread(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ({100 * min(values):.2f}-{100 * max(values):.2f})"
 
 
-def _record(row: Row) -> dict[str, Any]:
-    result, effort, tuned = row.result, row.result.effort, row.tuned
+def _record(row: Row, tuned: Tuned | None) -> dict[str, Any]:
+    result, effort = row.result, row.result.effort
     return {
         "asked": row.asked,
         "tool": row.tool,
