@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.cases import Case, Result
 from benchmarks.field_cases import SPLITS, cases_of
 from benchmarks.field_table import Row, as_csv, as_markdown
-from benchmarks.fine_tuning import Bench
+from benchmarks.fine_tuning import Bench, settings_of
 from benchmarks.ratio_selection import FOLDER, NETWORK
 from benchmarks.running import Laboratory
 from benchmarks.tunings import Tuned, keep, stored
@@ -126,10 +126,8 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(given.threads)
-    # As the network itself was trained; see there. The judge calculates in float32.
-    quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    settings = FineTune(epochs=given.epochs, lr=given.lr, precision="bfloat16" if quick else "float32")
-    bench = Bench(Laboratory(given.folder, given.threads), settings, given.images, Progress())
+    laboratory = Laboratory(given.folder, given.threads)
+    bench = Bench(laboratory, settings_of(given.epochs, given.lr), given.images, Progress())
     head = (
         f"{NETWORK} on CIFAR-10, {given.epochs} epochs of distilled fine-tuning at lr {given.lr:g}, "
         f"{given.threads} thread{'s' if given.threads > 1 else ''}."

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
 from benchmarks.cases import COMPRESS_SEARCH, Result
+from benchmarks.csv_text import csv_text
 from benchmarks.tunings import Tuned
 
 COLUMNS = (
@@ -117,13 +116,7 @@ def as_markdown(rows: Sequence[Row], head: str) -> str:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Every number of every fine-tuning, one row each; one for a network that has none."""
-    records = [_record(row, tuned) for row in rows for tuned in row.tuned or (None,)]
-    text = io.StringIO()
-    if records:
-        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    return text.getvalue()
+    return csv_text([_record(row, tuned) for row in rows for tuned in row.tuned or (None,)])
 
 
 def findings(lines: Sequence[Line]) -> list[str]:

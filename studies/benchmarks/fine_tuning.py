@@ -169,6 +169,12 @@ def run(
     return rows
 
 
+def settings_of(epochs: int, lr: float) -> FineTune:
+    """How to train on this processor: as the network was trained. The judge calculates in float32."""
+    quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return FineTune(epochs=epochs, lr=lr, precision="bfloat16" if quick else "float32")
+
+
 def main() -> None:
     """Compress and fine-tune what is not there; print the table and write it."""
     parser = argparse.ArgumentParser(description="Fine-tuning of networks that several tools compressed.")
@@ -192,10 +198,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     for name in dict.fromkeys([RIVAL, *(case.name for case in chosen)]):
         results |= ratio_selection.run(laboratory, only=name, again=False, table=given.table, long=False)
-    # As the network itself was trained; see there. The judge calculates in float32.
-    quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    settings = FineTune(epochs=given.epochs, lr=given.lr, precision="bfloat16" if quick else "float32")
-    bench = Bench(laboratory, settings, given.images, Progress())
+    bench = Bench(laboratory, settings_of(given.epochs, given.lr), given.images, Progress())
     rows = run(bench, chosen, results, range(given.seeds), table=given.table)
     text = as_markdown(rows, f"{NETWORK} on CIFAR-10, {given.epochs} epochs of fine-tuning, lr {given.lr:g}.")
     (given.folder / "fine_tuning.md").write_text(text)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from benchmarks.csv_text import csv_text
 from benchmarks.tunings import Tuned, Tuning
 
 Rows = Sequence[tuple[Tuning, Tuned]]
@@ -84,13 +83,7 @@ def as_markdown(rows: Rows, head: str) -> str:
 
 def as_csv(rows: Rows) -> str:
     """Every number of every fine-tuning, one row each."""
-    records = [_record(tuning, tuned) for tuning, tuned in rows]
-    text = io.StringIO()
-    if records:
-        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    return text.getvalue()
+    return csv_text([_record(tuning, tuned) for tuning, tuned in rows])
 
 
 def findings(lines: Sequence[Line]) -> list[str]:

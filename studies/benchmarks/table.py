@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cases import COMPRESS_SEARCH, Case, Effort, Result, asked_ratio
+from benchmarks.csv_text import csv_text
 
 COLUMNS = (
     "tool",
@@ -73,13 +72,7 @@ def as_markdown(
 
 def as_csv(cases: Sequence[Case], results: Mapping[str, Result]) -> str:
     """Every number of every case that was run, one row a case."""
-    rows = [_record(case, results[case.name]) for case in cases if case.name in results]
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([_record(case, results[case.name]) for case in cases if case.name in results])
 
 
 def findings(cases: Sequence[Case], results: Mapping[str, Result], wanted: Mapping[str, Wanted]) -> list[str]:
