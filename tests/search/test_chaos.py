@@ -258,7 +258,6 @@ def only_complete(crowd):
         ("postgresql", 4),
         pytest.param("mariadb", 4, marks=slow),
         pytest.param("postgresql", 60, marks=slow),
-        pytest.param("mariadb", 60, marks=slow),
     ],
     indirect=["database"],
 )

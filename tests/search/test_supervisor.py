@@ -262,11 +262,8 @@ def test_three_workers_killed_at_random_end_as_one_that_is_left_alone(tmp_path):
     assert undisturbed.returncode == 0
     expected, _ = outcome(tmp_path / "undisturbed", 10)
     assert len(expected) == 4
-    interrupted = 0
-    for seed in range(2):
-        anchors, more = one_round(tmp_path, workers=3, n_trials=10, kills=8, seed=seed)
-        assert anchors == expected
-        interrupted += more
+    anchors, interrupted = one_round(tmp_path, workers=3, n_trials=10, kills=8, seed=0)
+    assert anchors == expected
     assert interrupted > 0
 
 
