@@ -33,6 +33,16 @@ _LEAST_RUNS, _MOST_RUNS = 20, 1_000
 _WARM_UP_RUNS = 5
 _FAR_LESS = 0.8
 """A speed-up below this share of what the MACs promise is worth a remark."""
+_CSV_TITLES = {
+    "runtime": "runtime",
+    "batch": "batch",
+    "model": "model",
+    "median": "median_s",
+    "lower": "lower_s",
+    "upper": "upper_s",
+    "runs": "runs",
+    "left_out": "left_out",
+}
 
 
 @dataclass(frozen=True)
@@ -151,15 +161,25 @@ class LatencyTable:
     def to_csv(self) -> str:
         """One line for each runtime, batch size and model; times in seconds."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["runtime", "batch", "model", "median_s", "lower_s", "upper_s", "runs", "left_out"])
-        for row in self.rows:
-            for name, times in row.times.items():
-                numbers = (times.median, times.lower, times.upper, times.runs)
-                writer.writerow([row.runtime, row.batch, name, *numbers, ""])
-            if row.reason is not None:
-                writer.writerow([row.runtime, row.batch, "", "", "", "", "", row.reason])
+        writer = csv.DictWriter(text, list(_CSV_TITLES), lineterminator="\n")
+        writer.writerow(_CSV_TITLES)
+        writer.writerows(self.records())
         return text.getvalue()
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each runtime, batch size and model, or for a runtime and batch size that were left out.
+
+        Returns:
+            ``runtime`` and ``batch``; then ``model``, the ``median``, ``lower`` and ``upper`` quartile of a
+            call's time in seconds, and how many ``runs`` there were; or ``left_out``, why there are none.
+        """
+        records: list[dict[str, Any]] = []
+        for row in self.rows:
+            common = {"runtime": row.runtime, "batch": row.batch}
+            records += [{**common, "model": name, **vars(times)} for name, times in row.times.items()]
+            if row.reason is not None:
+                records.append({**common, "left_out": row.reason})
+        return records
 
 
 def _cells_of(row: LatencyRow, names: Sequence[str]) -> list[str]:

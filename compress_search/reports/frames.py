@@ -164,14 +164,10 @@ def latency_frame(table: LatencyTable | None) -> pd.DataFrame:
         ``left_out``, why there are none; ``device``, the processor or GPU; ``threads`` of the CPU;
         ``torch``, its version.
     """
-    rows: list[dict[str, Any]] = []
-    for row in () if table is None else table.rows:
-        common = {"runtime": row.runtime, "batch": row.batch, "left_out": row.reason}
-        common |= {name: getattr(table, name) for name in ("device", "threads", "torch")}
-        rows += [{**common, "model": model, **vars(times)} for model, times in row.times.items()]
-        if row.reason is not None:
-            rows.append(common)
-    return _frame(rows, _LATENCY)
+    if table is None:
+        return _frame([], _LATENCY)
+    where = {"device": table.device, "threads": table.threads, "torch": table.torch}
+    return _frame([record | where for record in table.records()], _LATENCY)
 
 
 def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> tuple[Path, ...]:

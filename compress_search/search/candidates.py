@@ -22,6 +22,11 @@ STATES = {
 """What a candidate's states are called, by the trial's."""
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial of a study of this package is complete and has ended in the target's band."""
+    return trial.state == TrialState.COMPLETE and trial.constraints[CONSTRAINT] <= 0
+
+
 def candidate_of(
     trial: FrozenTrial, workspace: Workspace, build_model: Callable[[], nn.Module] | None
 ) -> Candidate:
@@ -43,7 +48,7 @@ def candidate_of(
         accuracy=attributes["accuracy"] if complete else None,
         mac_ratio=attributes["mac_ratio"] if complete else None,
         drop=attributes["drop"] if complete else None,
-        feasible=complete and trial.constraints[CONSTRAINT] <= 0,
+        feasible=is_feasible(trial),
         seconds=sum(stage.seconds for stage in stages if not stage.reused),
         reason=attributes.get(REASON),
         finalist_of=attributes.get(FINALIST_OF),

@@ -41,7 +41,7 @@ from compress_search.search.finalists import (
 from compress_search.search.history import RECIPE, current_trials, pending_finalists
 from compress_search.search.identity import Asked, Identity, agree, current_versions, load_identity
 from compress_search.search.objective import run_trial
-from compress_search.search.sampler import SAMPLERS, SPREADING, ReproducibleSampler
+from compress_search.search.sampler import make_sampler
 from compress_search.search.space import enqueue_anchors, trials_in_reach
 from compress_search.search.status import StudyStatus, status_of
 from compress_search.search.stop_when import StopWhen
@@ -108,12 +108,8 @@ class CompressionStudy:
         self.task_name: str = identity.task["name"]
         self.device = device
         self._accept_changed = accept_changed
-        optuna_study.sampler = ReproducibleSampler(
-            SAMPLERS[self.settings.sampler],
-            self.settings.seed,
-            by_accuracy=not isinstance(self.settings.target, tuple),
-            spread=self.settings.sampler in SPREADING,
-        )
+        single = not isinstance(self.settings.target, tuple)
+        optuna_study.sampler = make_sampler(self.settings.sampler, self.settings.seed, by_accuracy=single)
 
     @property
     def folder(self) -> Path:

@@ -60,6 +60,17 @@ def missing_package(sampler: str) -> str | None:
     return "scipy" if missing else None
 
 
+def make_sampler(name: str, seed: int, *, by_accuracy: bool) -> ReproducibleSampler:
+    """Make the sampler of a study.
+
+    Args:
+        name: A key of :data:`SAMPLERS`.
+        seed: The study's seed.
+        by_accuracy: See :class:`ReproducibleSampler`.
+    """
+    return ReproducibleSampler(SAMPLERS[name], seed, by_accuracy=by_accuracy, spread=name in SPREADING)
+
+
 class GenerationsByProposal(NSGAIISampler):
     """NSGA-II whose generations follow from the trials alone.
 

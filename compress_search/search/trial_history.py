@@ -13,7 +13,7 @@ from compress_search.exceptions import StudyError
 from compress_search.recipe import FineTune, Recipe
 from compress_search.reports.trials import stage_names
 from compress_search.results import StageResult, format_param
-from compress_search.search.candidates import STATES
+from compress_search.search.candidates import STATES, is_feasible
 from compress_search.search.history import (
     ANCHOR,
     DUPLICATE_OF,
@@ -172,7 +172,7 @@ def trial_history(trials: Sequence[FrozenTrial], number: int, *, study: str, sta
     return TrialHistory(
         number=number,
         state=STATES[trial.state],
-        feasible=_is_feasible(trial),
+        feasible=is_feasible(trial) if trial.state == TrialState.COMPLETE else None,
         params=trial.params,
         reason=attributes.get(REASON),
         traceback=tuple(attributes.get(TRACEBACK, ())),
@@ -194,11 +194,6 @@ def trial_history(trials: Sequence[FrozenTrial], number: int, *, study: str, sta
         of_epochs=None if training is None else training.epochs,
         folder=stages / finished[-1].key if finished else None,
     )
-
-
-def _is_feasible(trial: FrozenTrial) -> bool | None:
-    complete = trial.state == TrialState.COMPLETE
-    return all(value <= 0 for value in trial.constraints.values()) if complete else None
 
 
 def _trials(numbers: Sequence[int]) -> str:

@@ -16,25 +16,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import Case, Result
 from benchmarks.field_cases import SPLITS, cases_of
 from benchmarks.field_table import Row, as_csv, as_markdown
-from benchmarks.fine_tuning import Bench, settings_of
-from benchmarks.ratio_selection import FOLDER, NETWORK
-from benchmarks.running import Laboratory
+from benchmarks.fine_tuning import Bench, add_conditions, bench_of
+from benchmarks.ratio_selection import NETWORK
 from benchmarks.tunings import Tuned, keep, stored
-from compress_search import FineTune
-from compress_search.progress import Progress
 
 
 def run(
@@ -115,19 +109,11 @@ def main() -> None:
     """Run what is asked for; print the table and write it."""
     parser = argparse.ArgumentParser(description="Three tools at three shares of the MACs.")
     parser.add_argument("--ratios", type=float, nargs="+", choices=list(SPLITS), default=list(SPLITS))
+    add_conditions(parser)
     parser.add_argument("--seeds", type=int, default=1, help="to compress from (default 1)")
     parser.add_argument("--tunings", type=int, default=2, help="of each compressed network (default 2)")
-    parser.add_argument("--epochs", type=int, default=3, help="of every fine-tuning (default 3)")
-    parser.add_argument("--lr", type=float, default=FineTune().lr, help=f"default {FineTune().lr:g}")
-    parser.add_argument("--images", type=int, default=49_000, help="training images (default all, 49000)")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--table", action="store_true", help="run none, print what there is")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(given.threads)
-    laboratory = Laboratory(given.folder, given.threads)
-    bench = Bench(laboratory, settings_of(given.epochs, given.lr), given.images, Progress())
+    bench = bench_of(given)
     head = (
         f"{NETWORK} on CIFAR-10, {given.epochs} epochs of distilled fine-tuning at lr {given.lr:g}, "
         f"{given.threads} thread{'s' if given.threads > 1 else ''}."

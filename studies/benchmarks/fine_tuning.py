@@ -169,6 +169,24 @@ def run(
     return rows
 
 
+def add_conditions(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say under which conditions is trained, and where the results are."""
+    parser.add_argument("--epochs", type=int, default=3, help="of every fine-tuning (default 3)")
+    parser.add_argument("--lr", type=float, default=FineTune().lr, help=f"default {FineTune().lr:g}")
+    parser.add_argument("--images", type=int, default=49_000, help="training images (default all, 49000)")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--table", action="store_true", help="run none, print what there is")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
+
+
+def bench_of(given: argparse.Namespace) -> Bench:
+    """Prepare this process, and make the bench, for what the options of :func:`add_conditions` say."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(given.threads)
+    laboratory = Laboratory(given.folder, given.threads)
+    return Bench(laboratory, settings_of(given.epochs, given.lr), given.images, Progress())
+
+
 def settings_of(epochs: int, lr: float) -> FineTune:
     """How to train on this processor: as the network was trained. The judge calculates in float32."""
     quick = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
@@ -178,18 +196,11 @@ def settings_of(epochs: int, lr: float) -> FineTune:
 def main() -> None:
     """Compress and fine-tune what is not there; print the table and write it."""
     parser = argparse.ArgumentParser(description="Fine-tuning of networks that several tools compressed.")
-    parser.add_argument("--epochs", type=int, default=3, help="of every fine-tuning (default 3)")
+    add_conditions(parser)
     parser.add_argument("--seeds", type=int, default=2, help="so many of each (default 2)")
-    parser.add_argument("--lr", type=float, default=FineTune().lr, help=f"default {FineTune().lr:g}")
-    parser.add_argument("--images", type=int, default=49_000, help="training images (default all, 49000)")
     parser.add_argument("--only", help=f"the cases to tune, a pattern (default {', '.join(USUAL)})")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--table", action="store_true", help="run none, print what there is")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(given.threads)
-    laboratory = Laboratory(given.folder, given.threads)
+    bench = bench_of(given)
     chosen = [
         case
         for case in CASES
@@ -197,8 +208,9 @@ def main() -> None:
     ]
     results: dict[str, Result] = {}
     for name in dict.fromkeys([RIVAL, *(case.name for case in chosen)]):
-        results |= ratio_selection.run(laboratory, only=name, again=False, table=given.table, long=False)
-    bench = Bench(laboratory, settings_of(given.epochs, given.lr), given.images, Progress())
+        results |= ratio_selection.run(
+            bench.laboratory, only=name, again=False, table=given.table, long=False
+        )
     rows = run(bench, chosen, results, range(given.seeds), table=given.table)
     text = as_markdown(rows, f"{NETWORK} on CIFAR-10, {given.epochs} epochs of fine-tuning, lr {given.lr:g}.")
     (given.folder / "fine_tuning.md").write_text(text)

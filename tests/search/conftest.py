@@ -14,7 +14,7 @@ from compress_search.recipe import Compress, FineTune, stage_to_dict
 from compress_search.results import Reference, StageResult
 from compress_search.search.identity import DIRECTIONS
 from compress_search.search.objective import run_trial
-from compress_search.search.sampler import SAMPLERS, SPREADING, ReproducibleSampler
+from compress_search.search.sampler import make_sampler
 from compress_search.search.settings import SearchSettings
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.workspace import Workspace
@@ -97,12 +97,7 @@ def make_settings():
 
 def sampler_of(settings):
     single = not isinstance(settings.target, tuple)
-    return ReproducibleSampler(
-        SAMPLERS[settings.sampler],
-        settings.seed,
-        by_accuracy=single,
-        spread=settings.sampler in SPREADING,
-    )
+    return make_sampler(settings.sampler, settings.seed, by_accuracy=single)
 
 
 @pytest.fixture(scope="session")

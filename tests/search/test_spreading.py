@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 
-from compress_search.search.sampler import SAMPLERS, ReproducibleSampler
+from compress_search.search.sampler import make_sampler
 from compress_search.search.spreading import farthest
 
 GRID = FloatDistribution(0.1, 1.0, step=0.1)
@@ -36,7 +36,7 @@ def test_what_was_tried_is_not_proposed_while_something_was_not(tried):
 
 def suggested(n, seed=0, value=lambda c: 1.0, tell=True):
     """What TPE proposes for two variables on a grid, after two trials that had no choice."""
-    study = optuna.create_study(sampler=ReproducibleSampler(SAMPLERS["tpe"], seed, spread=True))
+    study = optuna.create_study(sampler=make_sampler("tpe", seed, by_accuracy=True))
     found = []
     for number in range(n):
         trial = study.ask()
