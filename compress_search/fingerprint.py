@@ -35,7 +35,7 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}:{type(module).__qualname__}({module.extra_repr()});".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        _update_with_tensor(digest, tensor)
+        update_with_tensor(digest, tensor)
     return digest.hexdigest()[:20]
 
 
@@ -103,7 +103,7 @@ def _first_batch_hash(loader: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     with seeded(0, loader):
         for part in _tensors_of(next(iter(loader), None)):
-            _update_with_tensor(digest, part)
+            update_with_tensor(digest, part)
     return digest.hexdigest()
 
 
@@ -118,7 +118,8 @@ def _tensors_of(batch: Any) -> Iterator[Tensor]:
             yield from _tensors_of(value)
 
 
-def _update_with_tensor(digest: Any, tensor: Tensor) -> None:
+def update_with_tensor(digest: Any, tensor: Tensor) -> None:
+    """Let a digest of :mod:`hashlib` take in a tensor: its type, its shape, and its bytes in their order."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     contiguous = tensor.detach().cpu().contiguous()
-    digest.update(contiguous.reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(contiguous.reshape(-1).view(torch.uint8).numpy())

@@ -64,6 +64,7 @@ class LayerByLayer:
         plan: What was done before the stage.
         method: Name of the method.
         key: Of the stage: the hash of everything that makes it.
+        lesson: Of the stage; see :meth:`compress_search.training.trainer.Trainer.train`.
     """
 
     original: nn.Module
@@ -76,6 +77,7 @@ class LayerByLayer:
     plan: CompressionPlan
     method: str
     key: str
+    lesson: str
 
     def run(self, settings: FineTune, batches: Sequence[Tensor]) -> Tuned:
         """Compress in forward order, from the first layer whose result is not stored.
@@ -100,7 +102,8 @@ class LayerByLayer:
                 if number:
                     view = view.after(Compressed(tuned.model, tuned.step), self.example_input)
                 compressed = apply(view, {name: size}, batches)
-                accuracy = self.trainer.train(compressed.model, self.original, settings, keys[number])
+                lesson = content_hash([self.lesson, number])
+                accuracy = self.trainer.train(compressed.model, self.original, settings, keys[number], lesson)
                 step = self._step((*tuned.step.edits, *compressed.step.edits), done=number + 1)
                 seconds = tuned.seconds_before + time.monotonic() - started
                 tuned = Tuned(compressed.model, step, accuracy, seconds, tuned.seconds_before)

@@ -104,6 +104,7 @@ class Inventory:
         stages: The finished stages, oldest first.
         damaged: Stages that were set aside.
         tables: The sensitivity tables.
+        teacher: What the original says of training batches.
         unfinished: Checkpoints of fine-tunings that are not finished; the folder's name is the stage's key.
         temporary: What was being written.
         leases: Who computes what.
@@ -114,6 +115,7 @@ class Inventory:
     stages: tuple[StoredStage, ...]
     damaged: tuple[Item, ...]
     tables: tuple[Item, ...]
+    teacher: tuple[Item, ...]
     unfinished: tuple[Item, ...]
     temporary: tuple[Item, ...]
     leases: tuple[LeaseFile, ...]
@@ -123,7 +125,7 @@ class Inventory:
     @property
     def size(self) -> int:
         """Bytes of all of it."""
-        parts = (self.stages, self.damaged, self.tables, self.unfinished, self.temporary)
+        parts = (self.stages, self.damaged, self.tables, self.teacher, self.unfinished, self.temporary)
         return sum(item.size for part in parts for item in part)
 
 
@@ -181,6 +183,7 @@ def take_inventory(workspace: Workspace, uses: StageUses) -> Inventory:
         stages=tuple(sorted((s for s in stages if s is not None), key=lambda stage: stage.made)),
         damaged=_items(path for path in folders if DAMAGED in path.name),
         tables=_items(path for path in _entries(workspace.tables) if path.suffix == ".jsonl"),
+        teacher=_items(path for path in _entries(workspace.teacher) if not path.name.startswith(".")),
         unfinished=_items(path for path in _entries(workspace.checkpoints) if not path.name.startswith(".")),
         temporary=_items(_temporary_files(workspace)),
         leases=tuple(lease_files(workspace.stages)),
@@ -237,6 +240,7 @@ def what_to_prune(
         *(Removal(item, "its process has ended") for item in inventory.abandoned_waiting),
         *_dead_leases(inventory),
         *_needless_checkpoints(inventory, now),
+        *_needless_teacher_outputs(inventory, now),
         *_needless_stages(inventory, now, keep_front=keep_front),
     ]
     return tuple(removal for removal in removals if now - removal.item.used >= older_than)
@@ -296,6 +300,14 @@ def _needless_checkpoints(inventory: Inventory, now: float) -> Iterator[Removal]
             yield Removal(item, "no unfinished trial can need it")
 
 
+def _needless_teacher_outputs(inventory: Inventory, now: float) -> Iterator[Removal]:
+    # A trial that is not finished may be at an epoch that it has not looked up yet, however old.
+    if not inventory.uses.gaps and inventory.uses.unfinished_since is None:
+        for item in inventory.teacher:
+            if not _may_be_wanted(inventory, item, now):
+                yield Removal(item, "no trial is unfinished; the original can be asked again")
+
+
 def _may_be_wanted(inventory: Inventory, item: Item, now: float) -> bool:
     """Whether something that no trial has named may be in use all the same."""
     since = inventory.uses.unfinished_since
@@ -348,7 +360,8 @@ def _stage(folder: Path, uses: StageUses) -> StoredStage | None:
 
 def _temporary_files(workspace: Workspace) -> Iterator[Path]:
     checkpoints = workspace.checkpoints
-    for folder in (workspace.root, workspace.stages, workspace.tables, checkpoints, *_entries(checkpoints)):
+    shared = (workspace.stages, workspace.tables, workspace.teacher, checkpoints)
+    for folder in (workspace.root, *shared, *_entries(checkpoints)):
         yield from (path for path in _entries(folder) if _TEMPORARY.fullmatch(path.name))
 
 

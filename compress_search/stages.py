@@ -5,6 +5,10 @@ settings, and the key of the stage before. A stage whose key is in the store is 
 trial, process or study computed it. That one mechanism gives reuse between trials and resume after a crash.
 Two ratios may lead to the same sizes of all layers: then the stage of the second one is that of the first.
 While a process computes a stage it holds a lease on it, so that others wait for the result.
+
+The training data of a fine-tuning follow from the study's seed and the stage's place in its recipe, so that
+all trials see the same batches: they are compared on equal terms, and the original, which teaches, is asked
+about each batch once.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from compress_search.task import Task
 from compress_search.training.trainer import CHECKPOINT_SECONDS, Trainer
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 4
+_STAGE_FORMAT = 5
 """Part of every key. Raise it when the same settings would give other weights than before."""
 
 _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
@@ -123,8 +127,8 @@ class StageRunner:
         before = self.original
         model: nn.Module | None = None
         with self._progress.bar("stages", len(recipe.stages)) as advance:
-            for stage in recipe.stages:
-                result, model = self._reuse_or_compute(stage, before, model, after_epoch)
+            for place, stage in enumerate(recipe.stages):
+                result, model = self._reuse_or_compute(stage, place, before, model, after_epoch)
                 results.append(result)
                 note = "reused" if result.reused else f"{result.seconds:.1f} s"
                 advance(
@@ -138,6 +142,7 @@ class StageRunner:
     def _reuse_or_compute(
         self,
         stage: Stage,
+        place: int,
         before: StageResult,
         model: nn.Module | None,
         after_epoch: AfterEpoch | None,
@@ -150,7 +155,7 @@ class StageRunner:
             with self._leases.computing(key, stage.name, find) as stored:
                 if stored is None:
                     model = self._store.model(before.key, self._original) if model is None else model
-                    return self._compute(stage, key, before, model, after_epoch)
+                    return self._compute(stage, place, key, before, model, after_epoch)
         assert stored is not None
         # The model of a stored stage is read only if a later stage has to be computed.
         return dataclasses.replace(stored, reused=True), None
@@ -223,32 +228,38 @@ class StageRunner:
     def _compute(
         self,
         stage: Stage,
+        place: int,
         key: str,
         before: StageResult,
         model: nn.Module,
         after_epoch: AfterEpoch | None,
     ) -> tuple[StageResult, nn.Module | None]:
         started = time.monotonic()
-        plan = self._store.plan(before.key)
+        plan, lesson = self._store.plan(before.key), self._lesson(place)
         if isinstance(stage, Compress):
             analysis, sizes = self._choose_sizes(stage, model, plan)
             asked, key = key, _key_of_sizes(before, stage, sizes)
             if (same := self._store.find(key)) is not None:
                 self._store.note(asked, key, say=self._progress.say)
                 return dataclasses.replace(same, reused=True), None
-            result, compressed = self._compress(stage, key, plan, analysis, sizes, started=started)
+            result, compressed = self._compress(stage, key, lesson, plan, analysis, sizes, started=started)
             self._store.note(asked, key, say=self._progress.say)
             return result, compressed
         changed = copy.deepcopy(model)
-        self._trainer.train(changed, self._original, stage, key, after_epoch=after_epoch)
+        self._trainer.train(changed, self._original, stage, key, lesson, after_epoch=after_epoch)
         result = self._finish(key, stage.name, plan, changed, started=started)
         self._trainer.forget(key)
         return result, changed
+
+    def _lesson(self, place: int) -> str:
+        """Hash of the original, the training data, and where in its recipe a stage sees them."""
+        return content_hash([self.identity[name] for name in ("model", "train", "seed")] + [place])
 
     def _compress(
         self,
         stage: Compress,
         key: str,
+        lesson: str,
         plan: CompressionPlan,
         analysis: Analysis,
         sizes: Sizes,
@@ -263,12 +274,13 @@ class StageRunner:
         with self._leases.computing(key, stage.name, partial(self._store.find, key)) as same:
             if same is not None:
                 return dataclasses.replace(same, reused=True), None
-            return self._compute_layer_by_layer(stage, key, plan, analysis, sizes, started=started)
+            return self._compute_layer_by_layer(stage, key, lesson, plan, analysis, sizes, started=started)
 
     def _compute_layer_by_layer(
         self,
         stage: Compress,
         key: str,
+        lesson: str,
         plan: CompressionPlan,
         analysis: Analysis,
         sizes: Sizes,
@@ -287,6 +299,7 @@ class StageRunner:
             plan=plan,
             method=stage.method,
             key=key,
+            lesson=lesson,
         )
         tuned = layers.run(stage.per_layer_fine_tune, self._calibration_inputs(stage.samples))
         result = self._finish(

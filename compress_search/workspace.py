@@ -9,6 +9,7 @@ Layout::
       stages/<key>.lease      somebody computes this stage now
       plans/<key>              the key of the stage that a ratio led to, by the sizes of the layers
       tables/<key>.jsonl       one sensitivity table, a line for each cell
+      teacher/<key>.outputs    what the original says of the training batches of one epoch
       <study name>/            one study: config.yaml, study.log, report.html, front.png, export/
       .workspace/token         tells this workspace from all others, wherever it is moved or mounted
 
@@ -113,6 +114,11 @@ class Workspace:
     def tables(self) -> Path:
         """The folder of all sensitivity tables, shared by every study of this workspace."""
         return self.root / "tables"
+
+    @property
+    def teacher(self) -> Path:
+        """The folder of what the original says of training batches, shared by every study."""
+        return self.root / "teacher"
 
     def study_folder(self, name: str) -> Path:
         """The folder of one study's configuration, log, reports and exports."""

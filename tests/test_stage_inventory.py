@@ -98,6 +98,8 @@ def test_everything_is_listed_once_and_adds_up(workspace, store, write):
     others = [
         write("stages/bbb.damaged-1", folder=True),
         write("tables/ccc.jsonl"),
+        write("teacher/ggg.outputs"),
+        write("teacher/.hhh.outputs.0123456789abcdef"),
         write("checkpoints/ddd", folder=True),
         write("stages/.eee.0123456789abcdef", folder=True),
         write("tables/.fff.jsonl.0123456789abcdef"),
@@ -110,7 +112,7 @@ def test_everything_is_listed_once_and_adds_up(workspace, store, write):
     assert stage.uses == (use(),)
     assert stage.made == stage.used == pytest.approx(NOW - 30 * DAY)
     assert stage.size == sum(file.stat().st_size for file in folder.iterdir())
-    listed = [*found.damaged, *found.tables, *found.unfinished, *found.temporary]
+    listed = [*found.damaged, *found.tables, *found.teacher, *found.unfinished, *found.temporary]
     assert sorted(item.path for item in listed) == sorted(others)
     assert found.size == stage.size + 10 * len(others)
 
@@ -169,6 +171,14 @@ def test_what_nobody_needs_goes(workspace, store, write):
     left = {path.relative_to(workspace.root).as_posix() for path in workspace.root.rglob("*")}
     stage = {f"stages/used/{name}" for name in ("result.json", "plan.json", "weights.safetensors")}
     assert left == {"stages", "stages/used", *stage, "tables", "tables/ccc.jsonl", "checkpoints"}
+
+
+def test_what_the_original_says_goes_when_no_trial_is_unfinished(workspace, write):
+    write("teacher/old.outputs")
+    write("teacher/new.outputs", 0.9 * HOUR)
+    assert pruned(workspace, uses(unfinished_since=NOW - DAY)) == {}
+    assert pruned(workspace, uses(gaps=("The database cannot be read.",))) == {}
+    assert set(pruned(workspace, uses())) == {"old.outputs"}
 
 
 def test_what_is_young_stays(workspace, store, write):

@@ -24,6 +24,7 @@ from compress_search.recipe import Compress, FineTune, Recipe
 from compress_search.stage_store import StageStore
 from compress_search.stages import StageRunner
 from compress_search.task import Task
+from compress_search.training import training_run
 from compress_search.workspace import Workspace
 
 RECIPE = Recipe(
@@ -160,6 +161,50 @@ def test_a_rerun_elsewhere_gives_the_same_bits(runner, tmp_path):
         (tmp_path / folder / "stages" / keys[0] / "weights.safetensors").read_bytes()
         for folder in ("one", "two")
     ]
+    assert weights[0] == weights[1]
+
+
+class Looking:
+    """A loader that notes what it is asked for, in the order in which it yields it."""
+
+    def __init__(self, batches):
+        self.batches, self.epochs = batches, []
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.batches)).tolist()
+        self.epochs.append(order)
+        return (self.batches[number] for number in order)
+
+
+def test_all_recipes_see_the_same_data_and_ask_the_original_once(runner, task, monkeypatch):
+    task = dataclasses.replace(task, train=Looking([*task.train] * 4))
+    first, second = runner("one", task), runner("two", task)
+    other = Recipe((dataclasses.replace(RECIPE.stages[0], mac_ratio=0.6), *RECIPE.stages[1:]))
+    asked = []
+    ask = training_run._ask
+    monkeypatch.setattr(training_run, "_ask", lambda *args: asked.append(1) or ask(*args))
+
+    def trained(runner, recipe):
+        # To make a stage's key draws its data's first batch.
+        del task.train.epochs[:], asked[:]
+        results = runner.run(recipe)
+        return results, task.train.epochs[-2:], len(asked)
+
+    first.run(Recipe(()))
+    _, epochs, questions = trained(first, RECIPE)
+    assert questions == 2 * len(task.train)
+    # The second fine-tuning of a recipe sees the data in another order than its first.
+    assert epochs[0] != epochs[1]
+    reusing, same_epochs, none = trained(first, other)
+    assert (same_epochs, none) == (epochs, 0)
+    second.run(Recipe(()))
+    alone, _, questions = trained(second, other)
+    assert questions == 2 * len(task.train)
+    assert [result.accuracy for result in alone] == [result.accuracy for result in reusing]
+    weights = [files.weights(alone[-1].key).read_bytes() for files in (first._store, second._store)]
     assert weights[0] == weights[1]
 
 

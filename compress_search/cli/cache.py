@@ -36,8 +36,9 @@ def add_parser(subparsers: Any) -> None:
     ls = actions.add_parser(
         "ls",
         help="list what is stored, how large it is, and who uses it",
-        description="List every stage with the trials that use it, the sensitivity tables and the "
-        "checkpoints of unfinished fine-tunings. The weights are not read: `cache verify` does that.",
+        description="List every stage with the trials that use it, the sensitivity tables, what the "
+        "original says of training batches, and the checkpoints of unfinished fine-tunings. The weights are "
+        "not read: `cache verify` does that.",
         epilog="Example: compress-search cache ls --workspace runs",
     )
     ls.add_argument("--json", action="store_true", help="print it as JSON: bytes, seconds, whole keys")
@@ -54,8 +55,9 @@ def add_parser(subparsers: Any) -> None:
         "prune",
         help="remove what no trial needs",
         description="Remove damaged stages that were set aside, what was left over from writing more than an "
-        "hour ago, leases of processes that have ended, checkpoints of finished stages, and stages that no "
-        "trial of any study uses. What a running or waiting trial may need always stays.",
+        "hour ago, leases of processes that have ended, checkpoints of finished stages, stages that no "
+        "trial of any study uses, and, where no trial is unfinished, what the original says of training "
+        "batches. What a running or waiting trial may need always stays.",
         epilog="Example: compress-search cache prune --keep-front --older-than 7 --dry-run",
     )
     prune.add_argument(
@@ -114,6 +116,7 @@ def list_stages(args: argparse.Namespace) -> int:
     others = (
         ("damaged, set aside", inventory.damaged),
         ("sensitivity table", inventory.tables),
+        ("the original's outputs of an epoch", inventory.teacher),
         ("unfinished: checkpoints", inventory.unfinished),
         ("being written, or left over", inventory.temporary),
     )
@@ -226,7 +229,7 @@ def _as_json(inventory: Inventory) -> dict[str, Any]:
         "stages": [_stage_as_json(stage) for stage in inventory.stages],
         **{
             name: [_item_as_json(item) for item in getattr(inventory, name)]
-            for name in ("damaged", "tables", "unfinished", "temporary")
+            for name in ("damaged", "tables", "teacher", "unfinished", "temporary")
         },
         "leases": [
             {

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.exceptions import TrainingError
-from compress_search.profile import inference_mode_of
 from compress_search.recipe import FineTune
 from compress_search.task import Loss, Task
 from compress_search.training.distillation import are_logits, distillation_loss
@@ -19,7 +18,6 @@ class BatchLoss:
 
     Args:
         model: What is trained; it may be a compiled one.
-        teacher: The original model on the same device; ``None`` for no distillation.
         task: Gives the loss.
         settings: Weigh the two.
         device: Where the model is.
@@ -31,31 +29,30 @@ class BatchLoss:
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | None,
         task: Task,
         settings: FineTune,
         device: torch.device,
     ) -> None:
         self._model, self._settings = model, settings
-        self._teacher = teacher if settings.distillation > 0 else None
         self._task_loss = smoothed(task.loss_on(device), settings)
-        self._weight = settings.distillation if self._teacher is not None else 0.0
 
-    def __call__(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor | None, taught: Any) -> Tensor:
         """Run the model on ``(batch, ...)`` and return the mean loss, a scalar.
+
+        Args:
+            inputs: The batch.
+            targets: Of the task's loss.
+            taught: What the teacher says of the batch; ``None`` if there is no teacher.
 
         Raises:
             TrainingError: The loss cannot take what the model returns in training, or that cannot be
                 distilled, or there are no targets where they are needed.
         """
         outputs = self._model(inputs)
-        weight = self._weight
+        if taught is None:
+            return self._own_loss(outputs, targets)
+        weight = self._settings.distillation
         own = 0.0 if weight == 1 else self._own_loss(outputs, targets)
-        if self._teacher is None:
-            assert isinstance(own, Tensor)
-            return own
-        with inference_mode_of(self._teacher):
-            taught = self._teacher(inputs)
         if isinstance(outputs, tuple):
             # With auxiliary heads, the main output comes first; the original is asked for that alone.
             outputs = outputs[0]

@@ -1,13 +1,7 @@
-"""Checkpoints of a training that is not finished: one file each, with its checksum in front.
-
-A file is the SHA-256 of all that follows as 64 hexadecimal digits, a line feed, and a safetensors document:
-tensors by name, and everything else as JSON in its metadata. Nothing is pickled.
-"""
+"""Checkpoints of a training that is not finished: one file each, with its checksum in front."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -16,17 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
+from compress_search.training.sealed_tensors import sealed, unsealed
 from compress_search.workspace import remove_folder, write_bytes_atomically
 
 logger = logging.getLogger("compress_search")
-
-_DIGITS = 64
-_DOCUMENT = "training"
-"""Name of the safetensors metadata that holds the JSON."""
 
 
 @dataclass
@@ -101,11 +90,8 @@ class CheckpointFolder:
         remove_folder(self.folder)
 
     def _save(self, name: str, snapshot: Snapshot) -> None:
-        metadata = {_DOCUMENT: json.dumps(snapshot.values)}
-        document = save(dict(snapshot.tensors), metadata=metadata)
-        checksum = hashlib.sha256(document).hexdigest().encode()
         try:
-            write_bytes_atomically(self._file(name), checksum + b"\n" + document)
+            write_bytes_atomically(self._file(name), sealed(snapshot.tensors, snapshot.values))
         except OSError as error:
             # Training does not need it: to go on is better than to lose what was done since the last one.
             logger.warning(
@@ -123,8 +109,8 @@ class CheckpointFolder:
         except FileNotFoundError:
             return None
         try:
-            return _parsed(content)
-        except (ValueError, KeyError, SafetensorError) as error:
+            return Snapshot(*unsealed(content))
+        except ValueError as error:
             aside = file.with_name(f"{file.name}.damaged-{time.time_ns()}")
             os.replace(file, aside)
             logger.warning("The checkpoint %s is damaged (%s). It was moved to %s.", file, error, aside)
@@ -132,16 +118,6 @@ class CheckpointFolder:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.checkpoint"
-
-
-def _parsed(content: bytes) -> Snapshot:
-    checksum, document = content[:_DIGITS], content[_DIGITS + 1 :]
-    if hashlib.sha256(document).hexdigest().encode() != checksum:
-        raise ValueError("it does not have the checksum it was written with")
-    # The first eight bytes are the length of the JSON header that follows.
-    length = int.from_bytes(document[:8], "little")
-    header = json.loads(document[8 : 8 + length])
-    return Snapshot(load(document), json.loads(header["__metadata__"][_DOCUMENT]))
 
 
 def copies(tensors: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:

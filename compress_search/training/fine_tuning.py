@@ -11,6 +11,7 @@ from compress_search.recipe import FineTune
 from compress_search.stopping import StopSwitch
 from compress_search.task import Task
 from compress_search.training.checkpoints import CheckpointFolder
+from compress_search.training.teacher_outputs import TeacherOutputs
 from compress_search.training.training_run import TrainingRun
 
 
@@ -21,6 +22,8 @@ def fine_tune(
     settings: FineTune,
     *,
     seed: int,
+    data_seed: int | None = None,
+    teacher_outputs: TeacherOutputs | None = None,
     progress: Progress,
     checkpoints: CheckpointFolder | None = None,
     stop: StopSwitch | None = None,
@@ -33,7 +36,7 @@ def fine_tune(
     score than it began with. Of equal evaluations the last one stays: it was trained the longest, at the
     lowest learning rate.
 
-    Every epoch draws its random numbers from a seed of its own, and the data from a stream of its own. The
+    Every epoch draws its random numbers from seeds of its own, and the data from a stream of its own. The
     same call therefore gives the same bits on a CPU, and on a GPU with deterministic algorithms; so does a
     call that was killed and goes on from its checkpoints, in a process of as many threads.
 
@@ -48,7 +51,10 @@ def fine_tune(
             changed.
         task: Gives the training data, the loss and the evaluation.
         settings: How to train; with 0 epochs the model is only evaluated.
-        seed: Fixes the order of the data, its augmentation and dropout.
+        seed: Fixes dropout and whatever else the model draws.
+        data_seed: Fixes the order of the data and its augmentation; by default ``seed``.
+        teacher_outputs: Where what the teacher says of these data is read, and kept for others; ``None`` to
+            ask the teacher each time.
         progress: Where to show the epochs.
         checkpoints: Where to leave checkpoints, and to go on from. They are of this very call: whoever names
             the folder sees to that, and removes it when the outcome is stored.
@@ -74,6 +80,8 @@ def fine_tune(
         task,
         settings,
         seed=seed,
+        data_seed=seed if data_seed is None else data_seed,
+        teacher_outputs=teacher_outputs,
         checkpoints=checkpoints,
         stop=stop or StopSwitch(),
         progress=progress,

@@ -14,6 +14,7 @@ from compress_search.task import Task
 from compress_search.training.checkpoints import CheckpointFolder
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.training.own_function import train_by
+from compress_search.training.teacher_outputs import TeacherOutputs
 from compress_search.workspace import Workspace, remove_folder
 
 CHECKPOINT_SECONDS = 60.0
@@ -44,6 +45,7 @@ class Trainer:
         original: nn.Module,
         settings: FineTune,
         key: str,
+        lesson: str,
         *,
         after_epoch: Callable[[int], None] | None = None,
     ) -> float:
@@ -53,7 +55,10 @@ class Trainer:
             model: The model. It is left in evaluation mode.
             original: The uncompressed model, which teaches.
             settings: How to train.
-            key: The hash of everything that makes the outcome; it is the seed, and names the checkpoints.
+            key: The hash of everything that makes the outcome; it is the seed of what the model draws, and
+                names the checkpoints.
+            lesson: The hash of the original, the training data, and what tells this pass through them from
+                others; it is the seed of the data, and names what the original says of them.
             after_epoch: Called with the number of epochs that are done, after each one of the package's own.
 
         Returns:
@@ -81,6 +86,8 @@ class Trainer:
             self.task,
             settings,
             seed=seed,
+            data_seed=int(lesson[:8], 16),
+            teacher_outputs=TeacherOutputs(self.workspace.teacher, lesson),
             progress=self.progress,
             checkpoints=CheckpointFolder(folder, self.checkpoint_seconds),
             stop=self.stop,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from compress_search.exceptions import TrainingError
 from compress_search.fingerprint import content_hash, seeded
 from compress_search.memory_layout import takes_channels_last
+from compress_search.profile import inference_mode_of
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.stopping import StopSwitch
@@ -24,6 +26,10 @@ from compress_search.training.optimisers import make_optimiser
 from compress_search.training.precision import casting, dtype_of, make_scaler
 from compress_search.training.random_streams import RandomState, batches_of
 from compress_search.training.schedules import learning_rate_factor
+from compress_search.training.teacher_outputs import EpochOutputs, TeacherOutputs
+
+_Ask = Callable[[Sequence[Tensor]], list[Any]]
+"""Gives the teacher's outputs of the parts of a batch."""
 
 _LOWERED = 0.1
 """What the learning rate is multiplied by after a loss that is not finite."""
@@ -41,7 +47,9 @@ class TrainingRun:
         teacher: See :func:`compress_search.training.fine_tuning.fine_tune`, also for the others.
         task: Gives the training data and the loss.
         settings: How to train.
-        seed: Fixes all random numbers.
+        seed: Fixes the random numbers of the model.
+        data_seed: Fixes those of the data.
+        teacher_outputs: Where the teacher's outputs lie; ``None`` to keep none.
         checkpoints: Where to leave checkpoints; ``None`` for nowhere.
         stop: Says when to stop.
         progress: Where to tell what happens.
@@ -58,6 +66,8 @@ class TrainingRun:
         settings: FineTune,
         *,
         seed: int,
+        data_seed: int,
+        teacher_outputs: TeacherOutputs | None,
         checkpoints: CheckpointFolder | None,
         stop: StopSwitch,
         progress: Progress,
@@ -68,7 +78,10 @@ class TrainingRun:
                 f"No parameter of {type(model).__name__} requires a gradient, so nothing can be trained. "
                 "Call model.requires_grad_() in the task, or set fine_tune.epochs to 0."
             )
-        self._model, self._task, self._settings, self._seed = model, task, settings, seed
+        self._model, self._task, self._settings = model, task, settings
+        self._seed, self._data_seed = seed, data_seed
+        self._teacher = teacher if settings.distillation > 0 else None
+        self._teacher_outputs = teacher_outputs
         self._checkpoints, self._stop, self._progress = checkpoints, stop, progress
         self._device = self._parameters[0].device
         self._layout = _lay_out(model, task.example_input.to(self._device), settings)
@@ -77,7 +90,7 @@ class TrainingRun:
         self._optimiser = make_optimiser(self._parameters, settings)
         self._averaged = averaged_copy(model, settings.ema) if settings.ema else None
         run: Any = torch.compile(model) if settings.compile else model
-        self._loss = BatchLoss(run, teacher, task, settings, self._device)
+        self._loss = BatchLoss(run, task, settings, self._device)
         self._batches_per_epoch = _count_batches(task.train)
         self._best_score, self._best = -math.inf, _copy_of_state(model)
         # Of the epoch that is under way:
@@ -157,19 +170,36 @@ class TrainingRun:
         self._model.train()
         if self._settings.freeze_batch_norm:
             _freeze_batch_norm(self._model)
-        with seeded(_seed_of(self._seed, self.epoch + 1), self._task.train), self._stop.finishing():
+        taught = self._taught()
+        number = self.epoch + 1
+        with seeded(_seed_of(self._data_seed, number), self._task.train), self._stop.finishing():
             batches = batches_of(self._task.train, skip=self._batch)
-            if self._random is not None:
-                self._random.restore()
-                self._random = None
-            for batch in self._guarded(batches):
-                self._run_step(batch)
-                self._batch += 1
-                self._look_up()
+            with seeded(_seed_of(self._seed, number)):
+                if self._random is not None:
+                    self._random.restore()
+                    self._random = None
+                for batch in self._guarded(batches):
+                    self._run_step(batch, taught)
+                    self._batch += 1
+                    self._look_up()
         mean = self._mean_loss()
+        if taught is not None:
+            taught.keep()
         if not _is_finite(self._model):
             raise NotFiniteError(f"weights are not finite after epoch {self.epoch + 1}")
         return mean
+
+    def _taught(self) -> EpochOutputs | None:
+        """What the teacher says in this epoch; ``None`` if there is none."""
+        if self._teacher is None:
+            return None
+        kept, file, largest = self._teacher_outputs, None, 0
+        if kept is not None:
+            setting = (str(self._dtype), str(self._layout), self._device.type)
+            file, largest = kept.epoch(self.epoch + 1, setting), kept.largest // self._settings.epochs
+        return EpochOutputs(
+            partial(_ask, self._teacher), file, batches=self._batches_per_epoch, largest=largest
+        )
 
     def _guarded(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield batches; say where it was if the training data raises."""
@@ -226,9 +256,9 @@ class TrainingRun:
             f"learning rate of {rate * _LOWERED:g} in place of {rate:g}."
         )
 
-    def _run_step(self, batch: Any) -> None:
-        inputs, targets = inputs_and_targets(batch)
-        inputs = inputs.to(self._device)
+    def _run_step(self, batch: Any, taught: EpochOutputs | None) -> None:
+        given, targets = inputs_and_targets(batch)
+        inputs = given.to(self._device)
         if inputs.ndim == 4:
             inputs = inputs.to(memory_format=self._layout)
         targets = None if targets is None else targets.to(self._device)
@@ -236,7 +266,8 @@ class TrainingRun:
         step = min(self.epoch * self._batches_per_epoch + self._batch, steps - 1)
         for group in self._optimiser.param_groups:
             group["lr"] = self._settings.lr * self._rate * learning_rate_factor(step, steps, self._settings)
-        self._total += self._backward_within_memory(inputs, targets)
+        ask = None if taught is None else partial(taught.of, self._batch, given)
+        self._total += self._backward_within_memory(inputs, targets, ask)
         if self._settings.gradient_clip is not None:
             self._scaler.unscale_(self._optimiser)
             nn.utils.clip_grad_norm_(self._parameters, self._settings.gradient_clip)
@@ -245,11 +276,11 @@ class TrainingRun:
         if self._averaged is not None:
             self._averaged.update_parameters(self._model)
 
-    def _backward_within_memory(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
+    def _backward_within_memory(self, inputs: Tensor, targets: Tensor | None, ask: _Ask | None) -> Tensor:
         """Make the gradients of a batch, in more and smaller parts each time that memory does not suffice."""
         while True:
             try:
-                return self._backward(inputs, targets)
+                return self._backward(inputs, targets, ask)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -269,7 +300,7 @@ class TrainingRun:
                 f"added up over {self._parts} parts."
             )
 
-    def _backward(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
+    def _backward(self, inputs: Tensor, targets: Tensor | None, ask: _Ask | None) -> Tensor:
         self._optimiser.zero_grad()
         total = torch.zeros((), device=self._device)
         size = math.ceil(len(inputs) / self._parts)
@@ -277,9 +308,13 @@ class TrainingRun:
         labels: Iterable[Tensor | None] = [None] * len(parts)
         if targets is not None:
             labels = torch.split(targets, size)
-        for part, wanted in zip(parts, labels, strict=True):
+        taught: Sequence[Any] = [None] * len(parts)
+        if ask is not None:
             with casting(self._dtype, self._device):
-                loss = self._loss(part, wanted) * (len(part) / len(inputs))
+                taught = ask(parts)
+        for part, wanted, said in zip(parts, labels, taught, strict=True):
+            with casting(self._dtype, self._device):
+                loss = self._loss(part, wanted, said) * (len(part) / len(inputs))
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -357,6 +392,11 @@ def _lay_out(model: nn.Module, example: Tensor, settings: FineTune) -> torch.mem
         model.to(memory_format=torch.channels_last)
         return torch.channels_last
     return torch.contiguous_format
+
+
+def _ask(teacher: nn.Module, inputs: Tensor) -> Any:
+    with inference_mode_of(teacher):
+        return teacher(inputs)
 
 
 def _seed_of(seed: int, epoch: int) -> int:

@@ -44,6 +44,12 @@ def stages(workspace: Path) -> set[str]:
     return {path.name for path in (workspace / "stages").iterdir()}
 
 
+def teacher(workspace: Path) -> list[Path]:
+    files = [*(workspace / "teacher").iterdir()]
+    assert files
+    return files
+
+
 def test_ls_shows_every_stage_with_its_numbers_and_its_trials(copy: Path, capsys: Output) -> None:
     assert main(["cache", "ls"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -52,7 +58,8 @@ def test_ls_shows_every_stage_with_its_numbers_and_its_trials(copy: Path, capsys
             (line,) = [line for line in lines if line.startswith(stage.key[:10])]
             assert f" {stage.name} " in line and f" {stage.accuracy:.4f} " in line
             assert f" {stage.mac_ratio:.4f} " in line and str(candidate.number) in line.split("tiny: ")[1]
-    assert sum("original" in line for line in lines) == 1
+    assert sum("tiny: original" in line for line in lines) == 1
+    assert sum("the original's outputs of an epoch" in line for line in lines) == len([*teacher(copy)])
     assert sum("sensitivity table" in line for line in lines) == len([*(copy / "tables").glob("*.jsonl")])
     assert any(line.startswith(f"{len(stages(copy))} stages, ") for line in lines)
 
@@ -65,7 +72,8 @@ def test_ls_as_json_says_the_same_in_full(copy: Path, capsys: Output) -> None:
     for candidate in load_study("tiny").candidates():
         for stage in candidate.stages:
             assert results[stage.key] == stage.to_dict() | {"reused": False}
-    files = [file for part in ("stages", "tables") for file in (copy / part).rglob("*") if file.is_file()]
+    assert {Path(item["path"]).name for item in listed["teacher"]} == {file.name for file in teacher(copy)}
+    files = [file for part in ("stages", "tables", "teacher") for file in (copy / part).rglob("*") if file.is_file()]
     assert listed["bytes"] == sum(file.stat().st_size for file in files if file.suffix != ".lock")
     assert listed["gaps"] == []
 

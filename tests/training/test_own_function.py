@@ -22,7 +22,9 @@ def train(tiny_task, tiny_net, tmp_path):
         task = tiny_task(training=training, **changes)
         model = tiny_net()
         trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
-        score = trainer.train(model, tiny_net(seed=1), settings or FineTune(epochs=2), "0123456789abcdef")
+        score = trainer.train(
+            model, tiny_net(seed=1), settings or FineTune(epochs=2), "0123456789abcdef", "fedcba"
+        )
         return model, score, trainer
 
     return run
