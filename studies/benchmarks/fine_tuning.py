@@ -45,9 +45,11 @@ from benchmarks.running import Laboratory
 from benchmarks.tunings import Tuned, Tuning, keep, stored
 from compress_search import FineTune, Task
 from compress_search.checkpoint import file_checksum
+from compress_search.fingerprint import content_hash
 from compress_search.progress import Progress
 from compress_search.task import accuracy
 from compress_search.training.fine_tuning import fine_tune
+from compress_search.training.teacher_outputs import TeacherOutputs
 
 RIVAL = "aimet-both-5000"
 CASES = tuple(
@@ -102,9 +104,17 @@ class Bench:
         network = self.laboratory.compressed(case)
         teacher = trained(case.network, train)
         task = task_of(network, train, self.images)
+        # All networks that are tuned from one seed see the same batches.
+        lesson = content_hash([tuning.weights_hash, tuning.images, tuning.seed])
         start, cpu_start = time.perf_counter(), time.process_time()
         validation = fine_tune(
-            network, teacher, task, tuning.settings, seed=tuning.seed, progress=self.progress
+            network,
+            teacher,
+            task,
+            tuning.settings,
+            seed=tuning.seed,
+            teacher_outputs=TeacherOutputs(self.folder / "teacher", lesson),
+            progress=self.progress,
         )
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         return Tuned(
