@@ -73,8 +73,9 @@ def test_ls_as_json_says_the_same_in_full(copy: Path, capsys: Output) -> None:
         for stage in candidate.stages:
             assert results[stage.key] == stage.to_dict() | {"reused": False}
     assert {Path(item["path"]).name for item in listed["teacher"]} == {file.name for file in teacher(copy)}
-    files = [file for part in ("stages", "tables", "teacher") for file in (copy / part).rglob("*") if file.is_file()]
-    assert listed["bytes"] == sum(file.stat().st_size for file in files if file.suffix != ".lock")
+    parts = [copy / part for part in ("stages", "tables", "teacher")]
+    files = [file for part in parts for file in part.rglob("*") if file.is_file() and file.suffix != ".lock"]
+    assert listed["bytes"] == sum(file.stat().st_size for file in files)
     assert listed["gaps"] == []
 
 
