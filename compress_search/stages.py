@@ -33,7 +33,7 @@ from compress_search.methods.method import Analysis, Sizes
 from compress_search.plan import CompressionPlan
 from compress_search.profile import profile_model
 from compress_search.progress import Progress
-from compress_search.recipe import Compress, Recipe, Stage, stage_to_dict
+from compress_search.recipe import Compress, FineTune, Recipe, Stage, stage_to_dict
 from compress_search.results import Reference, StageResult
 from compress_search.selection import SELECTORS
 from compress_search.selection.table import SensitivityTable
@@ -52,6 +52,29 @@ _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
 
 AfterStage = Callable[[Stage, StageResult], None]
 AfterEpoch = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compression:
+    """A compressing stage whose sizes are chosen.
+
+    Attributes:
+        stage: Its settings.
+        key: Hash of all that makes it.
+        lesson: Of fine-tuning after each layer; see :meth:`compress_search.training.trainer.Trainer.train`.
+        plan: What was done before.
+        analysis: The method's view of the model that the stage gets.
+        sizes: Sizes by unit name.
+        started: When the stage began, by the monotonic clock.
+    """
+
+    stage: Compress
+    key: str
+    lesson: str
+    plan: CompressionPlan
+    analysis: Analysis
+    sizes: Sizes
+    started: float
 
 
 class StageRunner:
@@ -242,7 +265,8 @@ class StageRunner:
             if (same := self._store.find(key)) is not None:
                 self._store.note(asked, key, say=self._progress.say)
                 return dataclasses.replace(same, reused=True), None
-            result, compressed = self._compress(stage, key, lesson, plan, analysis, sizes, started=started)
+            compression = _Compression(stage, key, lesson, plan, analysis, sizes, started)
+            result, compressed = self._compress(compression)
             self._store.note(asked, key, say=self._progress.say)
             return result, compressed
         changed = copy.deepcopy(model)
@@ -255,59 +279,41 @@ class StageRunner:
         """Hash of the original, the training data, and where in its recipe a stage sees them."""
         return content_hash([self.identity[name] for name in ("model", "train", "seed")] + [place])
 
-    def _compress(
-        self,
-        stage: Compress,
-        key: str,
-        lesson: str,
-        plan: CompressionPlan,
-        analysis: Analysis,
-        sizes: Sizes,
-        *,
-        started: float,
-    ) -> tuple[StageResult, nn.Module | None]:
-        if stage.per_layer_fine_tune is None:
-            compressed = apply(analysis, sizes, self._calibration_inputs(stage.samples))
-            plan = plan.then(compressed.step)
-            return self._finish(key, stage.name, plan, compressed.model, started=started), compressed.model
+    def _compress(self, this: _Compression) -> tuple[StageResult, nn.Module | None]:
+        if this.stage.per_layer_fine_tune is None:
+            compressed = apply(this.analysis, this.sizes, self._calibration_inputs(this.stage.samples))
+            plan = this.plan.then(compressed.step)
+            result = self._finish(this.key, this.stage.name, plan, compressed.model, started=this.started)
+            return result, compressed.model
         # Another ratio may lead here too, and two processes must not share the checkpoints on the way.
-        with self._leases.computing(key, stage.name, partial(self._store.find, key)) as same:
+        with self._leases.computing(this.key, this.stage.name, partial(self._store.find, this.key)) as same:
             if same is not None:
                 return dataclasses.replace(same, reused=True), None
-            return self._compute_layer_by_layer(stage, key, lesson, plan, analysis, sizes, started=started)
+            return self._compress_layer_by_layer(this, this.stage.per_layer_fine_tune)
 
-    def _compute_layer_by_layer(
-        self,
-        stage: Compress,
-        key: str,
-        lesson: str,
-        plan: CompressionPlan,
-        analysis: Analysis,
-        sizes: Sizes,
-        *,
-        started: float,
+    def _compress_layer_by_layer(
+        self, this: _Compression, settings: FineTune
     ) -> tuple[StageResult, nn.Module]:
-        assert stage.per_layer_fine_tune is not None
         layers = LayerByLayer(
             original=self._original,
             example_input=self._example,
             store=self._store,
             progress=self._progress,
             trainer=self._trainer,
-            analysis=analysis,
-            sizes=sizes,
-            plan=plan,
-            method=stage.method,
-            key=key,
-            lesson=lesson,
+            analysis=this.analysis,
+            sizes=this.sizes,
+            plan=this.plan,
+            method=this.stage.method,
+            key=this.key,
+            lesson=this.lesson,
         )
-        tuned = layers.run(stage.per_layer_fine_tune, self._calibration_inputs(stage.samples))
+        tuned = layers.run(settings, self._calibration_inputs(this.stage.samples))
         result = self._finish(
-            key,
-            stage.name,
-            plan.then(tuned.step),
+            this.key,
+            this.stage.name,
+            this.plan.then(tuned.step),
             tuned.model,
-            started=started - tuned.seconds_before,
+            started=this.started - tuned.seconds_before,
             accuracy=tuned.accuracy,
         )
         layers.forget()
