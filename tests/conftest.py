@@ -61,6 +61,32 @@ def tiny_task(tiny_net):
     return make
 
 
+class CrashError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def crashing():
+    """Make a loader fail at one of the batches it is asked for, counted over all epochs."""
+
+    class Crashing:
+        def __init__(self, loader, crash_at):
+            self.loader, self.left = loader, crash_at
+            self.sampler = loader.sampler
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for batch in self.loader:
+                if self.left == 0:
+                    raise CrashError
+                self.left -= 1
+                yield batch
+
+    return Crashing
+
+
 @pytest.fixture
 def stop_at():
     """Make a switch that is found requested when it is looked at after so many times, and from then on."""

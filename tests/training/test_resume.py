@@ -37,30 +37,8 @@ def settings_of(name):
     return FineTune(**{"epochs": EPOCHS, "lr": 0.05} | SETTINGS[name])
 
 
-class CrashError(Exception):
-    """Stands for whatever ends a process."""
-
-
-class Crashing:
-    """A loader that fails at one of the batches it is asked for, counted over all epochs."""
-
-    def __init__(self, loader, crash_at):
-        self.loader, self.left = loader, crash_at
-        self.sampler = loader.sampler
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for batch in self.loader:
-            if self.left == 0:
-                raise CrashError
-            self.left -= 1
-            yield batch
-
-
 @pytest.fixture
-def make(tiny_task, tiny_net):
+def make(tiny_task, tiny_net, crashing):
     """The parts of a training, made anew each time: a network that draws random numbers, and its teacher."""
 
     def parts(crash_at=-1, **changes):
@@ -70,7 +48,7 @@ def make(tiny_task, tiny_net):
         data = task.train.dataset
         sampler = RandomSampler(data, generator=torch.Generator())
         loader = DataLoader(data, batch_size=16, sampler=sampler)
-        return model, tiny_net(seed=1), tiny_task(train=Crashing(loader, crash_at), **changes)
+        return model, tiny_net(seed=1), tiny_task(train=crashing(loader, crash_at), **changes)
 
     return parts
 

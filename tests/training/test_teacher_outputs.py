@@ -166,30 +166,13 @@ def test_a_full_disk_is_of_no_harm(train, tmp_path, monkeypatch, caplog):
     assert "No space left on device" in caplog.text
 
 
-class Crashing:
-    """A loader that fails after so many batches, counted over all epochs."""
-
-    def __init__(self, loader, crash_at):
-        self.loader, self.left = loader, crash_at
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for batch in self.loader:
-            if self.left == 0:
-                raise ValueError("crash")
-            self.left -= 1
-            yield batch
-
-
 @pytest.mark.parametrize("crash_at", range(1, EPOCHS * BATCHES))
-def test_a_training_that_was_killed_comes_to_the_same(train, tiny_task, tmp_path, crash_at):
+def test_a_training_that_was_killed_comes_to_the_same(train, tiny_task, crashing, tmp_path, crash_at):
     expected, _ = train(kept=False)
     loader = tiny_task().train
     folder = CheckpointFolder(tmp_path / "checkpoints", 1e-9)
-    with pytest.raises(TrainingError, match="crash"):
-        train(train=Crashing(loader, crash_at), checkpoints=folder)
+    with pytest.raises(TrainingError, match="raised CrashError"):
+        train(train=crashing(loader, crash_at), checkpoints=folder)
     assert train(checkpoints=folder) == (expected, EPOCHS * BATCHES - crash_at)
     # Of an epoch that two processes were at, neither knows the whole.
     assert len(files(tmp_path)) == EPOCHS - bool(crash_at % BATCHES)
