@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,27 @@ def test_finished_cases_are_not_run_again(study, laboratory):
     assert [request.case.name for request in ran].count("aimet-svd") == 2
     assert set(run(study, lab, table=True)) == {case.name for case in study.AIMET_CASES}
     assert len(ran) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--only", "aimet-pruning-50000"], "no case is called 'aimet-pruning-50000': aimet-svd, .* --long"),
+        (["--long", "--only", "rival"], "no case is called 'rival': .*aimet-pruning-50000[^-]*$"),
+    ],
+)
+def test_a_pattern_that_no_case_matches_is_refused(options, said, study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ratio_selection.py", *options, "--folder", str(tmp_path / "new")])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_first_table_makes_its_folder(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ratio_selection.py", "--table", "--folder", str(tmp_path / "new")])
+    study.main()
+    assert (tmp_path / "new" / "resnet20.md").read_text() + "\n" == capsys.readouterr().out
 
 
 def test_other_conditions_are_other_results(study, laboratory):

@@ -28,7 +28,7 @@ from compress_search.training.random_streams import RandomState, batches_of
 from compress_search.training.schedules import learning_rate_factor
 from compress_search.training.teacher_outputs import EpochOutputs, TeacherOutputs
 
-_Ask = Callable[[Sequence[Tensor]], list[Any]]
+_Asking = Callable[[Sequence[Tensor]], list[Any]]
 """Gives the teacher's outputs of the parts of a batch."""
 
 _LOWERED = 0.1
@@ -198,7 +198,7 @@ class TrainingRun:
             setting = (str(self._dtype), str(self._layout), self._device.type)
             file, largest = kept.epoch(self.epoch + 1, setting), kept.largest // self._settings.epochs
         return EpochOutputs(
-            partial(_ask, self._teacher), file, batches=self._batches_per_epoch, largest=largest
+            partial(_outputs_of, self._teacher), file, batches=self._batches_per_epoch, largest=largest
         )
 
     def _guarded(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -276,7 +276,7 @@ class TrainingRun:
         if self._averaged is not None:
             self._averaged.update_parameters(self._model)
 
-    def _backward_within_memory(self, inputs: Tensor, targets: Tensor | None, ask: _Ask | None) -> Tensor:
+    def _backward_within_memory(self, inputs: Tensor, targets: Tensor | None, ask: _Asking | None) -> Tensor:
         """Make the gradients of a batch, in more and smaller parts each time that memory does not suffice."""
         while True:
             try:
@@ -300,7 +300,7 @@ class TrainingRun:
                 f"added up over {self._parts} parts."
             )
 
-    def _backward(self, inputs: Tensor, targets: Tensor | None, ask: _Ask | None) -> Tensor:
+    def _backward(self, inputs: Tensor, targets: Tensor | None, ask: _Asking | None) -> Tensor:
         self._optimiser.zero_grad()
         total = torch.zeros((), device=self._device)
         size = math.ceil(len(inputs) / self._parts)
@@ -394,7 +394,7 @@ def _lay_out(model: nn.Module, example: Tensor, settings: FineTune) -> torch.mem
     return torch.contiguous_format
 
 
-def _ask(teacher: nn.Module, inputs: Tensor) -> Any:
+def _outputs_of(teacher: nn.Module, inputs: Tensor) -> Any:
     with inference_mode_of(teacher):
         return teacher(inputs)
 

@@ -17,7 +17,6 @@ killed is begun anew. The table goes to ``runs/benchmarks``, as Markdown and as 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import logging
 import sys
 import time
@@ -210,12 +209,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="so many of each (default 2)")
     parser.add_argument("--only", help=f"the cases to tune, a pattern (default {', '.join(USUAL)})")
     given = parser.parse_args()
+    usual = [case for case in CASES if case.name in USUAL]
+    chosen = ratio_selection.matching(CASES, given.only) if given.only else usual
+    if not chosen:
+        parser.error(f"no case is called {given.only!r}: {', '.join(case.name for case in CASES)}.")
+    given.folder.mkdir(parents=True, exist_ok=True)
     bench = bench_of(given)
-    chosen = [
-        case
-        for case in CASES
-        if (fnmatch.fnmatch(case.name, given.only) if given.only else case.name in USUAL)
-    ]
     results: dict[str, Result] = {}
     for name in dict.fromkeys([RIVAL, *(case.name for case in chosen)]):
         results |= ratio_selection.run(

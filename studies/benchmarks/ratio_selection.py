@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -91,12 +91,18 @@ def ordered(cases: tuple[Case, ...]) -> Iterator[Case]:
     yield from sorted(cases, key=lambda case: case.rival is not None)
 
 
+def matching(cases: Iterable[Case], pattern: str) -> list[Case]:
+    """The cases whose names match a pattern."""
+    return [case for case in cases if fnmatch.fnmatch(case.name, pattern)]
+
+
 def run(laboratory: Laboratory, *, only: str, again: bool, table: bool, long: bool) -> dict[str, Result]:
     """Run the cases that match and are not there yet; return all results by name of case."""
     results: dict[str, Result] = {}
+    wanted = [] if table else matching((*CASES, *(LONG_CASES if long else ())), only)
     for case in ordered((*CASES, *LONG_CASES)):
         known = list(results.values())
-        chosen = fnmatch.fnmatch(case.name, only) and (long or case not in LONG_CASES) and not table
+        chosen = case in wanted
         result = laboratory.stored(case, known)
         request = laboratory.request(case, known)
         if chosen and request is None:
@@ -121,6 +127,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run none")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
     given = parser.parse_args()
+    offered = (*CASES, *(LONG_CASES if given.long else ()))
+    if not matching(offered, given.only):
+        later = "" if given.long else " With --long there are more."
+        parser.error(f"no case is called {given.only!r}: {', '.join(c.name for c in offered)}.{later}")
+    given.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     laboratory = Laboratory(given.folder, given.threads)
     results = run(laboratory, only=given.only, again=given.again, table=given.table, long=given.long)
