@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import runpy
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -106,6 +108,28 @@ def stop_at():
             pass
 
     return StopAt
+
+
+@pytest.fixture(scope="session")
+def start_process():
+    """Start programs in processes of their own, to be killed.
+
+    They are forked from a process that has imported what they import: dozens of them would import PyTorch
+    for most of their lives. A program finds what it is given, and ``ready`` to be set when it begins, among
+    its variables. Returned is a ``multiprocessing.Process`` that is ready.
+    """
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["torch", "compress_search.search.study"])
+
+    def start(program, **given):
+        ready = forking.Event()
+        variables = {"ready": ready, **given}
+        process = forking.Process(target=runpy.run_path, args=(str(program), variables, "__main__"))
+        process.start()
+        assert ready.wait(120)
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +15,6 @@ from compress_search.search.study import load_study
 N_TRIALS = 7
 
 PROGRAM = f"""
-import sys
 import torch
 from torch import nn
 from compress_search import FineTune, Task, create_study
@@ -30,9 +28,9 @@ net = nn.Sequential(
     nn.Flatten(), nn.Linear(24 * 64, 4),
 )
 task = Task(model=net, example_input=images[:1], train=batches[:6], validation=batches[6:])
-print("ready", flush=True)
+ready.set()
 study = create_study(
-    "killed", task, target=0.5, workspace=sys.argv[1], samples=32, fine_tune=FineTune(epochs=2),
+    "killed", task, target=0.5, workspace=workspace, samples=32, fine_tune=FineTune(epochs=2),
     tolerance=0.05, device="cpu",
 )
 study.optimize({N_TRIALS})
@@ -40,17 +38,10 @@ study.optimize({N_TRIALS})
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, start_process):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-
-    def make(workspace):
-        command = [sys.executable, str(program), str(tmp_path / workspace)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout.readline() == b"ready\n"
-        return process
-
-    return make
+    return lambda workspace: start_process(program, workspace=str(tmp_path / workspace))
 
 
 def outcome(workspace):
@@ -69,7 +60,7 @@ def outcome(workspace):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_study_killed_at_random_moments_ends_as_the_undisturbed_one(start, tmp_path, how):
     undisturbed = start("undisturbed")
-    undisturbed.communicate()
+    undisturbed.join()
     moments = random.Random(0)
     stages = tmp_path / "disturbed" / "stages"
     kills = 0
@@ -77,16 +68,15 @@ def test_a_study_killed_at_random_moments_ends_as_the_undisturbed_one(start, tmp
         process = start("disturbed")
         # Each process may finish one stage more: a trial that dies four times at the same one is given up.
         before = count(stages)
-        while process.poll() is None and count(stages) == before:
+        while process.is_alive() and count(stages) == before:
             time.sleep(0.01)
-        try:
-            process.communicate(timeout=moments.uniform(0, 1))
+        process.join(timeout=moments.uniform(0, 1))
+        if not process.is_alive():
             break
-        except subprocess.TimeoutExpired:
-            process.send_signal(how)
-            process.communicate()
-            kills += 1
-    assert (undisturbed.returncode, process.returncode) == (0, 0)
+        os.kill(process.pid, how)
+        process.join()
+        kills += 1
+    assert (undisturbed.exitcode, process.exitcode) == (0, 0)
     found, interrupted = outcome(tmp_path / "disturbed")
     assert len(found) == N_TRIALS
     assert found == outcome(tmp_path / "undisturbed")[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -159,7 +158,6 @@ def test_without_a_folder_nothing_is_written_and_stopping_still_works(make, stop
 
 
 PROGRAM = """
-import sys, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -181,10 +179,10 @@ def net():
 model, teacher = net(), net()
 task = Task(model=model, example_input=images[:1], train=DataLoader(data, batch_size=8, shuffle=True),
             validation=[(images[192:], labels[192:])])
-stop, folder = StopSwitch(), Path(sys.argv[1])
-print("ready", flush=True)
+stop, folder = StopSwitch(), Path(folder)
+ready.set()
 with stop.on_signals():
-    fine_tune(model, teacher, task, FineTune(epochs=12, ema=0.9), seed=3, progress=Progress(), stop=stop,
+    fine_tune(model, teacher, task, FineTune(epochs=6, ema=0.9), seed=3, progress=Progress(), stop=stop,
               checkpoints=CheckpointFolder(folder / "checkpoints", 0.01))
 save_file(model.state_dict(), folder / "done.safetensors")
 """
@@ -201,21 +199,18 @@ save_file(model.state_dict(), folder / "done.safetensors")
         ((signal.SIGINT, signal.SIGINT), 4),
     ],
 )
-def test_real_processes_killed_at_random_moments(tmp_path, how, times):
+def test_real_processes_killed_at_random_moments(tmp_path, start_process, how, times):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
     def start(folder):
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, str(program), str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout.readline() == b"ready\n"
-        return process
+        return start_process(program, folder=str(folder))
 
     undisturbed = start(tmp_path / "undisturbed")
     began = time.monotonic()
-    undisturbed.communicate()
-    assert undisturbed.returncode == 0
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
     whole = time.monotonic() - began
     wanted = load_file(tmp_path / "undisturbed" / "done.safetensors")
     moments, kills = random.Random(times), 0
@@ -224,20 +219,20 @@ def test_real_processes_killed_at_random_moments(tmp_path, how, times):
         folder, killed = tmp_path / str(number), False
         while not killed:
             process = start(folder)
-            try:
-                process.communicate(timeout=moments.uniform(0, whole))
+            process.join(timeout=moments.uniform(0, whole))
+            if process.is_alive():
+                for one in how:
+                    os.kill(process.pid, one)
+                    time.sleep(0.003)
+                process.join()
+                killed = process.exitcode != 0
+                kills += killed
+            else:
                 for file in folder.rglob("*"):
                     file.unlink() if file.is_file() else None
-            except subprocess.TimeoutExpired:
-                for one in how:
-                    process.send_signal(one)
-                    time.sleep(0.003)
-                process.communicate()
-                killed = process.returncode != 0
-                kills += killed
         process = start(folder)
-        process.communicate()
-        assert process.returncode == 0
+        process.join()
+        assert process.exitcode == 0
         found = load_file(folder / "done.safetensors")
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
