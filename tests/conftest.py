@@ -119,7 +119,8 @@ def start_process():
     its variables. Returned is a ``multiprocessing.Process`` that is ready.
     """
     forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload(["torch", "compress_search.search.study"])
+    # The optimisers import PyTorch's compiler when they first step.
+    forking.set_forkserver_preload(["torch._dynamo", "compress_search.search.study"])
 
     def start(program, **given):
         ready = forking.Event()

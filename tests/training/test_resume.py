@@ -182,7 +182,7 @@ task = Task(model=model, example_input=images[:1], train=DataLoader(data, batch_
 stop, folder = StopSwitch(), Path(folder)
 ready.set()
 with stop.on_signals():
-    fine_tune(model, teacher, task, FineTune(epochs=6, ema=0.9), seed=3, progress=Progress(), stop=stop,
+    fine_tune(model, teacher, task, FineTune(epochs=12, ema=0.9), seed=3, progress=Progress(), stop=stop,
               checkpoints=CheckpointFolder(folder / "checkpoints", 0.01))
 save_file(model.state_dict(), folder / "done.safetensors")
 """
