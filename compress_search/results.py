@@ -161,9 +161,26 @@ class Candidate:
         load_weights(model, self.weights, remedy=MADE_AGAIN)
         return model.eval()
 
+    def __str__(self) -> str:
+        return self.in_words(self._scale)
+
+    def in_words(self, scale: AccuracyScale) -> str:
+        """Say in a line what the trial ended as.
+
+        Args:
+            scale: How accuracies are written.
+        """
+        head = f"trial {self.number} ({self._params_text})"
+        if self.mac_ratio is None:
+            return f"{head}, {self.state}{'' if self.reason is None else f': {self.reason}'}"
+        return (
+            f"{head}, accuracy {scale.accuracy(self.accuracy)}, drop {scale.drop(self.drop)}, "
+            f"mac_ratio {self.mac_ratio:.4f}"
+        )
+
     def _repr_html_(self) -> str:
         """Show the candidate in a notebook: a row for each of its stages."""
-        scale = AccuracyScale.of(stage.accuracy for stage in self.stages)
+        scale = self._scale
         head = ["stage", f"accuracy{scale.unit}", "mac_ratio", "seconds", "reused"]
         rows = [
             [
@@ -175,10 +192,18 @@ class Candidate:
             ]
             for stage in self.stages
         ]
-        params = ", ".join(f"{name} {format_param(self.params[name])}" for name in param_names([self]))
         said = "" if self.reason is None else f": {self.reason}"
-        caption = f"Trial {self.number} ({params}) is {self.state}{said}"
+        caption = f"Trial {self.number} ({self._params_text}) is {self.state}{said}"
         return html_table([head, *rows], right=head[1:-1], caption=caption)
+
+    @property
+    def _scale(self) -> AccuracyScale:
+        own = () if self.accuracy is None else (self.accuracy,)
+        return AccuracyScale.of([*(stage.accuracy for stage in self.stages), *own])
+
+    @property
+    def _params_text(self) -> str:
+        return ", ".join(f"{name} {format_param(self.params[name])}" for name in param_names([self]))
 
     def _finished_folder(self) -> Path:
         if self.folder is None:

@@ -151,6 +151,23 @@ PLAN = CompressionPlan(
 )
 
 
+def test_a_candidate_prints_as_a_line():
+    assert str(candidate(3, 0.885, 0.495)) == (
+        "trial 3 (c_ssvd 0.75, c_cp 0.66), accuracy 88.50 %, drop +1.50 points, mac_ratio 0.4950"
+    )
+    # Where the metric is no share, nor is what is printed.
+    other = dataclasses.replace(candidate(3, 30.5, 0.495), drop=-0.25)
+    assert str(other).endswith("accuracy 30.50, drop -0.25, mac_ratio 0.4950")
+
+
+def test_a_candidate_without_a_model_says_why():
+    failed = Candidate(number=4, state="failed", params={"c_ssvd": 0.5}, reason="the loss is NaN")
+    assert str(failed) == "trial 4 (c_ssvd 0.5), failed: the loss is NaN"
+    assert (
+        str(Candidate(number=5, state="running", params={"c_ssvd": 0.5})) == "trial 5 (c_ssvd 0.5), running"
+    )
+
+
 def test_a_candidate_rebuilds_its_model(tiny_net, tmp_path):
     trained = apply_plan(tiny_net(), PLAN)
     for parameter in trained.parameters():

@@ -18,8 +18,6 @@ from compress_search.results import (
     Reference,
     StageResult,
     format_candidates,
-    format_param,
-    param_names,
 )
 from compress_search.search.candidates import STATES
 from compress_search.search.changes import Change
@@ -157,14 +155,7 @@ class StudyStatus:
     def _best_line(self) -> str:
         if self.best is None:
             return f"Best so far: none is feasible at the target {target_text(self.target)}."
-        params = ", ".join(
-            f"{name} {format_param(self.best.params[name])}" for name in param_names([self.best])
-        )
-        return (
-            f"Best so far: trial {self.best.number} ({params}), "
-            f"accuracy {self._scale.accuracy(self.best.accuracy)}, drop {self._scale.drop(self.best.drop)}, "
-            f"mac_ratio {self.best.mac_ratio:.4f}."
-        )
+        return f"Best so far: {self.best.in_words(self._scale)}."
 
 
 def status_of(
