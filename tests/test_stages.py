@@ -184,8 +184,8 @@ def test_all_recipes_see_the_same_data_and_ask_the_original_once(runner, task, m
     first, second = runner("one", task), runner("two", task)
     other = Recipe((dataclasses.replace(RECIPE.stages[0], mac_ratio=0.6), *RECIPE.stages[1:]))
     asked = []
-    ask = training_run._ask
-    monkeypatch.setattr(training_run, "_ask", lambda *args: asked.append(1) or ask(*args))
+    ask = training_run._outputs_of
+    monkeypatch.setattr(training_run, "_outputs_of", lambda *args: asked.append(1) or ask(*args))
 
     def trained(runner, recipe):
         # To make a stage's key draws its data's first batch.
