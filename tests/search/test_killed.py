@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -73,7 +74,9 @@ def test_a_study_killed_at_random_moments_ends_as_the_undisturbed_one(start, tmp
         process.join(timeout=moments.uniform(0, 1))
         if not process.is_alive():
             break
-        os.kill(process.pid, how)
+        # It may have ended meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, how)
         process.join()
         kills += 1
     assert (undisturbed.exitcode, process.exitcode) == (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -222,7 +223,9 @@ def test_real_processes_killed_at_random_moments(tmp_path, start_process, how, t
             process.join(timeout=moments.uniform(0, whole))
             if process.is_alive():
                 for one in how:
-                    os.kill(process.pid, one)
+                    # It may have ended meanwhile.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, one)
                     time.sleep(0.003)
                 process.join()
                 killed = process.exitcode != 0
