@@ -123,7 +123,6 @@ def main() -> None:
         (given.folder / "field.md").write_text(as_markdown(rows, head))
         (given.folder / "field.csv").write_text(as_csv(rows))
 
-    given.folder.mkdir(parents=True, exist_ok=True)
     rows = run(
         bench,
         NETWORK,

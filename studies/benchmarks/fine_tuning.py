@@ -189,9 +189,10 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_of(given: argparse.Namespace) -> Bench:
-    """Prepare this process, and make the bench, for what the options of :func:`add_conditions` say."""
+    """Prepare process and folder, and make the bench, as the options of :func:`add_conditions` say."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(given.threads)
+    given.folder.mkdir(parents=True, exist_ok=True)
     laboratory = Laboratory(given.folder, given.threads)
     return Bench(laboratory, settings_of(given.epochs, given.lr), given.images, Progress())
 
@@ -210,10 +211,7 @@ def main() -> None:
     parser.add_argument("--only", help=f"the cases to tune, a pattern (default {', '.join(USUAL)})")
     given = parser.parse_args()
     usual = [case for case in CASES if case.name in USUAL]
-    chosen = ratio_selection.matching(CASES, given.only) if given.only else usual
-    if not chosen:
-        parser.error(f"no case is called {given.only!r}: {', '.join(case.name for case in CASES)}.")
-    given.folder.mkdir(parents=True, exist_ok=True)
+    chosen = ratio_selection.asked(parser, CASES, given.only) if given.only else usual
     bench = bench_of(given)
     results: dict[str, Result] = {}
     for name in dict.fromkeys([RIVAL, *(case.name for case in chosen)]):

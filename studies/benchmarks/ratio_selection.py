@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -96,6 +96,14 @@ def matching(cases: Iterable[Case], pattern: str) -> list[Case]:
     return [case for case in cases if fnmatch.fnmatch(case.name, pattern)]
 
 
+def asked(parser: argparse.ArgumentParser, cases: Sequence[Case], pattern: str, more: str = "") -> list[Case]:
+    """The cases that match a pattern; the program ends, with all names and ``more``, where none does."""
+    found = matching(cases, pattern)
+    if not found:
+        parser.error(f"no case is called {pattern!r}: {', '.join(case.name for case in cases)}.{more}")
+    return found
+
+
 def run(laboratory: Laboratory, *, only: str, again: bool, table: bool, long: bool) -> dict[str, Result]:
     """Run the cases that match and are not there yet; return all results by name of case."""
     results: dict[str, Result] = {}
@@ -128,9 +136,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
     given = parser.parse_args()
     offered = (*CASES, *(LONG_CASES if given.long else ()))
-    if not matching(offered, given.only):
-        later = "" if given.long else " With --long there are more."
-        parser.error(f"no case is called {given.only!r}: {', '.join(c.name for c in offered)}.{later}")
+    asked(parser, offered, given.only, more="" if given.long else " With --long there are more.")
     given.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     laboratory = Laboratory(given.folder, given.threads)
