@@ -103,7 +103,8 @@ class LayerByLayer:
                     view = view.after(Compressed(tuned.model, tuned.step), self.example_input)
                 compressed = apply(view, {name: size}, batches)
                 lesson = content_hash([self.lesson, number])
-                accuracy = self.trainer.train(compressed.model, self.original, settings, keys[number], lesson)
+                trained = self.trainer.train(compressed.model, self.original, settings, keys[number], lesson)
+                accuracy = trained.accuracy
                 step = self._step((*tuned.step.edits, *compressed.step.edits), done=number + 1)
                 seconds = tuned.seconds_before + time.monotonic() - started
                 tuned = Tuned(compressed.model, step, accuracy, seconds, tuned.seconds_before)

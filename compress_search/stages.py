@@ -41,6 +41,7 @@ from compress_search.selection.table_store import TableStore
 from compress_search.stage_store import StageStore
 from compress_search.stopping import StopSwitch
 from compress_search.task import Task
+from compress_search.training.trained import Trained
 from compress_search.training.trainer import CHECKPOINT_SECONDS, Trainer
 from compress_search.workspace import Workspace
 
@@ -51,7 +52,7 @@ _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
 """What of a runner's identity a sensitivity table depends on, beside the model itself."""
 
 AfterStage = Callable[[Stage, StageResult], None]
-AfterEpoch = Callable[[int], None]
+AfterEpoch = Callable[[Sequence[float]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,8 @@ class StageRunner:
             recipe: What to do.
             after_stage: Called after each stage; what it raises ends the run. Stages that are finished
                 stay stored.
-            after_epoch: Called after each epoch of a fine-tuning stage with how many are done.
+            after_epoch: Called after each epoch of a fine-tuning stage with the accuracy before the first one
+                and after each; what it raises ends the run.
 
         Returns:
             One result a stage.
@@ -270,8 +272,8 @@ class StageRunner:
             self._store.note(asked, key, say=self._progress.say)
             return result, compressed
         changed = copy.deepcopy(model)
-        self._trainer.train(changed, self._original, stage, key, lesson, after_epoch=after_epoch)
-        result = self._finish(key, stage.name, plan, changed, started=started)
+        trained = self._trainer.train(changed, self._original, stage, key, lesson, after_epoch=after_epoch)
+        result = self._finish(key, stage.name, plan, changed, started=started, trained=trained)
         self._trainer.forget(key)
         return result, changed
 
@@ -351,6 +353,7 @@ class StageRunner:
         *,
         started: float,
         accuracy: float | None = None,
+        trained: Trained | None = None,
     ) -> StageResult:
         """Measure a model and store it as the outcome of a stage; its accuracy may be known already."""
         profile = profile_model(model, self._example)
@@ -363,6 +366,8 @@ class StageRunner:
             params=profile.params,
             mac_ratio=profile.macs / original_macs,
             seconds=time.monotonic() - started,
+            learning_curve=() if trained is None else trained.learning_curve,
+            teacher_seconds_saved=0.0 if trained is None else trained.teacher_seconds_saved,
         )
         self._store.save(result, plan, model, say=self._progress.say)
         return result

@@ -109,9 +109,9 @@ def make_task(baseline: str | Path = BASELINE) -> Task:
         progress = Progress()
         progress.say(f"Training the digits network, once; its weights are kept in {baseline}.")
         schedule = FineTune(epochs=12, lr=0.1, distillation=0.0)
-        accuracy = fine_tune(network, None, task, schedule, seed=SEED, progress=progress)
+        trained = fine_tune(network, None, task, schedule, seed=SEED, progress=progress)
         save_weights(network, baseline)
-        progress.say(f"The digits network has a validation accuracy of {accuracy:.4f}.")
+        progress.say(f"The digits network has a validation accuracy of {trained.accuracy:.4f}.")
     load_weights(network, baseline)
     return task
 

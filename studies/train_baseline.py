@@ -217,7 +217,7 @@ def train_baseline(plan: Plan, train: Images, weights: Path) -> float:
     key, stop = content_hash(plan.to_dict()), StopSwitch()
     checkpoints = CheckpointFolder(weights.with_suffix(".checkpoints") / key)
     with stop.on_signals():
-        accuracy = fine_tune(
+        outcome = fine_tune(
             network,
             None,
             task,
@@ -229,7 +229,7 @@ def train_baseline(plan: Plan, train: Images, weights: Path) -> float:
         )
     save_weights(network, weights)
     checkpoints.remove()
-    return accuracy
+    return outcome.accuracy
 
 
 def describe(plan: Plan, weights: Path, test: Images, *, validation: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from compress_search.recipe import Compress, FineTune, Recipe
 from compress_search.stages import StageRunner
 from compress_search.training import trainer
 from compress_search.training.fine_tuning import fine_tune
+from compress_search.training.trained import Trained
 from compress_search.workspace import Workspace
 
 TUNING = FineTune(epochs=1, lr=0.01)
@@ -152,7 +153,7 @@ def test_each_layer_is_compressed_in_the_model_that_was_trained_before(
         # Nothing refits the bias of a layer that is to be left alone.
         with torch.no_grad():
             model.head.bias += 1.0
-        return 0.5
+        return Trained(0.5)
 
     monkeypatch.setattr(trainer, "fine_tune", add_one)
     (result,) = runner().run(Recipe((stage_of(method),)))
@@ -162,7 +163,7 @@ def test_each_layer_is_compressed_in_the_model_that_was_trained_before(
 
 @both_methods
 def test_one_layer_without_training_becomes_what_it_becomes_at_once(runner, weights, monkeypatch, method):
-    monkeypatch.setattr(trainer, "fine_tune", lambda *args, **kwargs: 0.5)
+    monkeypatch.setattr(trainer, "fine_tune", lambda *args, **kwargs: Trained(0.5))
     ignore = tuple({"stem", "two", "three", "four", "shortcut", "head"})
     one_layer = stage_of(method, mac_ratio=0.85, ignore=ignore)
     one = runner()

@@ -39,7 +39,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(baseline, train, tmp_p
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     baseline.train_baseline(plan, train, whole)
 
-    def stop(epoch):
+    def stop(curve):
         raise KeyboardInterrupt
 
     real = baseline.fine_tune
@@ -47,12 +47,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(baseline, train, tmp_p
     with pytest.raises(KeyboardInterrupt):
         baseline.train_baseline(plan, train, resumed)
     assert not resumed.exists()
-    begun = []
+    done = []
     monkeypatch.setattr(
-        baseline, "fine_tune", lambda *a, **k: real(*a, **k, after_epoch=lambda epoch: begun.append(epoch))
+        baseline, "fine_tune", lambda *a, **k: real(*a, **k, after_epoch=lambda curve: done.append(len(curve) - 1))
     )
     baseline.train_baseline(plan, train, resumed)
-    assert begun == [2]
+    # Of the first one it is told again.
+    assert done == [1, 2]
     assert resumed.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.rglob("*.checkpoint")) == []
 

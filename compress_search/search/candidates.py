@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from compress_search.results import Candidate, StageResult
-from compress_search.search.history import FINALIST_OF, REASON, STAGES
+from compress_search.search.history import FINALIST_OF, LEARNING_CURVE, REASON, STAGES
 from compress_search.search.objective import CONSTRAINT
 from compress_search.workspace import Workspace
 
@@ -45,6 +45,7 @@ def candidate_of(
         state=STATES[trial.state],
         params=trial.params,
         stages=stages,
+        learning_curve=tuple(attributes.get(LEARNING_CURVE, ())),
         accuracy=attributes["accuracy"] if complete else None,
         mac_ratio=attributes["mac_ratio"] if complete else None,
         drop=attributes["drop"] if complete else None,

@@ -10,7 +10,8 @@ and does not count towards the number of trials that was asked for.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -34,8 +35,8 @@ FINALIST_OF = "finalist_of"
 """User attribute of a finalist: the number of the trial whose model it trains on."""
 RECIPE = "recipe"
 """User attribute: the stages of the trial, as JSON-able values. A finalist has it before it begins."""
-EPOCHS = "epochs"
-"""User attribute: how many epochs are done of the fine-tuning that runs."""
+LEARNING_CURVE = "learning_curve"
+"""User attribute: of a fine-tuning that is not finished, the accuracy before its first epoch and after each."""
 EPOCHS_BEFORE = "epochs_before"
 """User attribute of a retry: how many epochs of it the trial that it stands in for had done."""
 DUPLICATE_OF = "duplicate_of"
@@ -44,6 +45,15 @@ STAGES = "stages"
 """User attribute: the finished stages, as JSON-able values."""
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def epochs_done(attributes: Mapping[str, Any]) -> int:
+    """How many epochs are done of the fine-tuning that a trial runs, or did not finish.
+
+    Args:
+        attributes: User attributes of the trial.
+    """
+    return max(0, len(attributes.get(LEARNING_CURVE, ())) - 1)
 
 
 def finished_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:

@@ -8,10 +8,11 @@ from typing import Protocol
 import optuna
 
 from compress_search.methods import METHODS
-from compress_search.recipe import Recipe, Stage
+from compress_search.recipe import FineTune, Recipe, Stage
 from compress_search.reports.trials import achieved_ratios
 from compress_search.results import Reference, StageResult
-from compress_search.search.history import EPOCHS, RECIPE, STAGES, is_finalist
+from compress_search.search.history import ANCHOR, LEARNING_CURVE, RECIPE, STAGES, is_finalist
+from compress_search.search.median_stopping import why_behind
 from compress_search.search.settings import SearchSettings
 from compress_search.search.space import Proposal, propose
 from compress_search.target import excess
@@ -31,7 +32,7 @@ class Runner(Protocol):
         recipe: Recipe,
         *,
         after_stage: Callable[[Stage, StageResult], None] | None = None,
-        after_epoch: Callable[[int], None] | None = None,
+        after_epoch: Callable[[Sequence[float]], None] | None = None,
     ) -> tuple[StageResult, ...]:
         """Run a recipe."""
 
@@ -54,7 +55,8 @@ def run_trial(
         Accuracy on the validation data, and MACs / MACs of the original.
 
     Raises:
-        optuna.TrialPruned: The accuracy after the first method is too low to go on.
+        optuna.TrialPruned: The accuracy after the first method is too low to go on, or that after an epoch
+            is behind the other trials'.
         RatioError: A ratio cannot be reached.
     """
     if is_finalist(trial):
@@ -68,8 +70,8 @@ def run_trial(
     def after_stage(_: Stage, result: StageResult) -> None:
         finished.append(result)
         trial.set_user_attr(STAGES, [stage.to_dict() for stage in finished])
-        if EPOCHS in trial.user_attrs:
-            trial.set_user_attr(EPOCHS, 0)
+        if LEARNING_CURVE in trial.user_attrs:
+            trial.set_user_attr(LEARNING_CURVE, [])
         drop = reference.accuracy - result.accuracy
         most = settings.max_drop_after_ssvd
         if len(finished) == proposal.gate_after and most is not None and drop > most:
@@ -79,8 +81,24 @@ def run_trial(
                 f"max_drop_after_ssvd allows {most:.4f}"
             )
 
-    def after_epoch(epochs: int) -> None:
-        trial.set_user_attr(EPOCHS, epochs)
+    stages = proposal.recipe.stages
+    may_stop = settings.median_stopping and not is_finalist(trial) and ANCHOR not in trial.user_attrs
+
+    def after_epoch(curve: Sequence[float]) -> None:
+        trial.set_user_attr(LEARNING_CURVE, [*curve])
+        last = stages[-1]
+        if not may_stop or len(finished) < len(stages) - 1 or not isinstance(last, FineTune):
+            return
+        behind = why_behind(
+            curve,
+            epochs=last.epochs,
+            mac_ratio=finished[-1].mac_ratio,
+            trials=trial.study.get_trials(deepcopy=False),
+            target=settings.target,
+            tolerance=settings.tolerance,
+        )
+        if behind is not None:
+            raise optuna.TrialPruned(behind)
 
     last = runner.run(proposal.recipe, after_stage=after_stage, after_epoch=after_epoch)[-1]
     left_out = {method.ratio_name: 1.0 for method in METHODS.values() if method.ratio_name in trial.params}

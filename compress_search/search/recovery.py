@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from compress_search.search.history import (
     ANCHOR,
     DUPLICATE_OF,
-    EPOCHS,
     EPOCHS_BEFORE,
     FINALIST_OF,
     INTERRUPTED,
@@ -24,6 +23,7 @@ from compress_search.search.history import (
     STAGES,
     STAGES_BEFORE,
     WORKER,
+    epochs_done,
     is_finalist,
 )
 from compress_search.search.storage import backend_of
@@ -133,7 +133,7 @@ def _retries_after(attributes: Mapping[str, Any], how: str | None) -> int:
 
 def _done(attributes: Mapping[str, Any]) -> tuple[int, int]:
     """How many stages a trial has finished, and how many epochs of the next one."""
-    return len(attributes.get(STAGES, ())), attributes.get(EPOCHS, 0)
+    return len(attributes.get(STAGES, ())), epochs_done(attributes)
 
 
 def _done_before(attributes: Mapping[str, Any]) -> tuple[int, int]:

@@ -74,6 +74,9 @@ class SearchSettings:
             method's compression and fine-tuning.
         max_drop_after_ssvd: A trial whose accuracy after the first method and its fine-tuning is lower
             than the original's by more than this (0.05 is five points) is pruned; ``None`` prunes none.
+        median_stopping: Whether a trial is pruned after an epoch of its last fine-tuning if half of the
+            others were ahead of it by then; see :mod:`compress_search.search.median_stopping`. Anchors and
+            finalists are trained to their end.
         sampler: How points are proposed, a key of :data:`compress_search.search.sampler.SAMPLERS`.
         grid: For the ``grid`` sampler: the ratios to try, by the methods' ratio names. Every combination is
             tried once, in the order of the lists, and nothing else. Without a list for the last method it
@@ -101,6 +104,7 @@ class SearchSettings:
     variables: Mapping[str, Range | Choice] = field(default_factory=dict)
     step: float = 0.05
     max_drop_after_ssvd: float | None = None
+    median_stopping: bool = False
     sampler: str = "tpe"
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     seed: int = 0
@@ -217,6 +221,12 @@ def _faults_of(settings: SearchSettings) -> list[str]:
             s.max_drop_after_ssvd,
             s.max_drop_after_ssvd is None or s.max_drop_after_ssvd >= 0,
             "0 or more (0.05 is five points), or none",
+        ),
+        (
+            "median_stopping",
+            s.median_stopping,
+            isinstance(s.median_stopping, bool),
+            "true or false",
         ),
         ("seed", s.seed, s.seed >= 0, "0 or more"),
     )

@@ -69,6 +69,7 @@ def create_study(
     variables: Mapping[str, Range | Choice] | None = None,
     step: float = 0.05,
     max_drop_after_ssvd: float | None = None,
+    median_stopping: bool = False,
     sampler: str = "tpe",
     grid: Mapping[str, Sequence[float]] | None = None,
     seed: int = 0,
@@ -109,6 +110,7 @@ def create_study(
             ``{"fine_tune.lr": Range(1e-4, 1e-1, log=True), "selection": Choice(("optimal", "uniform"))}``.
         step: Step of the grid of the first method's ratio.
         max_drop_after_ssvd: Largest drop of accuracy half-way.
+        median_stopping: Whether trials that are behind half of the others after an epoch are given up.
         sampler: How points are proposed.
         grid: For the ``"grid"`` sampler: the ratios to try, ``{"c_ssvd": [0.9, 0.8, 0.7]}``, with or without
             those of the last method.
@@ -150,6 +152,7 @@ def create_study(
         variables={} if variables is None else variables,
         step=step,
         max_drop_after_ssvd=max_drop_after_ssvd,
+        median_stopping=median_stopping,
         sampler=sampler,
         grid={} if grid is None else cast("Mapping[str, tuple[float, ...]]", grid),
         seed=seed,

@@ -17,7 +17,6 @@ from compress_search.search.candidates import STATES, is_feasible
 from compress_search.search.history import (
     ANCHOR,
     DUPLICATE_OF,
-    EPOCHS,
     FINALIST_OF,
     INTERRUPTED,
     REASON,
@@ -27,6 +26,7 @@ from compress_search.search.history import (
     STAGES,
     TRACEBACK,
     WORKER,
+    epochs_done,
 )
 from compress_search.worker_process import Worker
 
@@ -190,7 +190,7 @@ def trial_history(trials: Sequence[FrozenTrial], number: int, *, study: str, sta
         ended=trial.datetime_complete,
         stages=finished,
         ahead=tuple(stage.name for stage in ahead),
-        epochs=None if training is None else attributes.get(EPOCHS, 0),
+        epochs=None if training is None else epochs_done(attributes),
         of_epochs=None if training is None else training.epochs,
         folder=stages / finished[-1].key if finished else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from compress_search.stopping import StopSwitch
 from compress_search.task import Task
 from compress_search.training.checkpoints import CheckpointFolder
 from compress_search.training.teacher_outputs import TeacherOutputs
+from compress_search.training.trained import Trained
 from compress_search.training.training_run import TrainingRun
 
 
@@ -27,8 +28,8 @@ def fine_tune(
     progress: Progress,
     checkpoints: CheckpointFolder | None = None,
     stop: StopSwitch | None = None,
-    after_epoch: Callable[[int], None] | None = None,
-) -> float:
+    after_epoch: Callable[[Sequence[float]], None] | None = None,
+) -> Trained:
     """Train a model in place, on the device where it lies, and leave it with its best weights.
 
     The model is evaluated before the first epoch and after each one. The weights and batch normalisation
@@ -59,11 +60,11 @@ def fine_tune(
         checkpoints: Where to leave checkpoints, and to go on from. They are of this very call: whoever names
             the folder sees to that, and removes it when the outcome is stored.
         stop: Says when to stop.
-        after_epoch: Called with the number of epochs that are done, after each; what it raises ends the
-            training.
+        after_epoch: Called after each epoch, and where the training goes on from a checkpoint, with what the
+            evaluations said so far: before the first epoch, and after each. What it raises ends the training.
 
     Returns:
-        What ``task.score(model)`` says of the weights that were kept.
+        What ``task.score(model)`` says of the weights that were kept, and how it came to that.
 
     Raises:
         TrainingError: The loss is not finite even at a lower learning rate, or cannot take what the model
@@ -73,7 +74,8 @@ def fine_tune(
         KeyboardInterrupt: ``stop`` was requested: the instant is kept in a checkpoint.
     """
     if settings.epochs == 0:
-        return task.score(model.eval())
+        accuracy = task.score(model.eval())
+        return Trained(accuracy, (accuracy,))
     run = TrainingRun(
         model,
         teacher,
@@ -89,7 +91,9 @@ def fine_tune(
     run.begin()
     with progress.bar("epochs", settings.epochs, done=run.epoch) as advance:
         while run.epoch < settings.epochs:
+            if run.epoch and after_epoch is not None:
+                after_epoch(run.learning_curve[: run.epoch + 1])
             advance(run.run_epoch())
-            if after_epoch is not None:
-                after_epoch(run.epoch)
+    if after_epoch is not None:
+        after_epoch(run.learning_curve)
     return run.finish()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,14 +67,20 @@ class EpochOutputs:
         file: Where they lie or will lie; ``None`` to keep nothing.
         batches: How many there are in the epoch.
         largest: Bytes that they may take.
+
+    Attributes:
+        seconds_saved: Time that asking for what was known would have taken, as it took who asked for it.
     """
 
     def __init__(self, teacher: Teacher, file: Path | None, *, batches: int, largest: int) -> None:
         self._teacher, self._file, self._batches, self._largest = teacher, file, batches, largest
-        self._known = [] if file is None else _read(file)
+        self._known, self._seconds = ([], 0.0) if file is None else _read(file)
+        self.seconds_saved = 0.0
         self._asked: list[tuple[bytes, Tensor]] = []
         self._keeps = file is not None and not self._known
         self._given: tuple[int, bytes] | None = None
+        # One stands for all, as a GPU has to be waited for; not the first, which warms up.
+        self._timed = min(1, batches - 1)
 
     def of(self, number: int, given: Tensor, parts: Sequence[Tensor]) -> list[Any]:
         """What the teacher says of one batch.
@@ -92,10 +99,22 @@ class EpochOutputs:
         known = self._known or self._asked
         if number < len(known) and known[number][0] == digest:
             outputs = known[number][1].to(parts[0].device)
+            if self._known:
+                self.seconds_saved += self._seconds / self._batches
             return list(torch.split(outputs, list(map(len, parts))))
-        said = list(map(self._teacher, parts))
+        said = self._ask(parts, is_timed=number == self._timed)
         if self._keeps:
             self._note(number, digest, parts, said)
+        return said
+
+    def _ask(self, parts: Sequence[Tensor], *, is_timed: bool) -> list[Any]:
+        if not is_timed:
+            return list(map(self._teacher, parts))
+        _wait_for(parts[0].device)
+        start = time.perf_counter()
+        said = list(map(self._teacher, parts))
+        _wait_for(parts[0].device)
+        self._seconds = self._batches * (time.perf_counter() - start)
         return said
 
     def keep(self) -> None:
@@ -110,7 +129,7 @@ class EpochOutputs:
             "sizes": torch.tensor(list(map(len, outputs))),
         }
         try:
-            write_bytes_atomically(self._file, sealed(tensors, {}))
+            write_bytes_atomically(self._file, sealed(tensors, {"seconds": self._seconds}))
         except OSError as error:
             # Nothing is lost: who needs it asks the teacher again.
             logger.warning("What the original says of an epoch was not kept in %s: %s", self._file, error)
@@ -144,21 +163,29 @@ class EpochOutputs:
         self._asked = []
 
 
-def _read(file: Path) -> list[tuple[bytes, Tensor]]:
-    """The outputs of an epoch, with the hash of each batch; none if they are not known."""
+def _wait_for(device: torch.device) -> None:
+    """Until what a GPU was told to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _read(file: Path) -> tuple[list[tuple[bytes, Tensor]], float]:
+    """The outputs of an epoch, with the hash of each batch, none if they are not known; and their seconds."""
     try:
-        tensors, _ = unsealed(file.read_bytes())
+        tensors, values = unsealed(file.read_bytes())
+        seconds = float(values.get("seconds", 0.0))
         digests = bytes(tensors["digests"].numpy())
         outputs = torch.split(tensors["outputs"], tensors["sizes"].tolist())
     except FileNotFoundError:
-        return []
+        return [], 0.0
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         logger.warning("The original's outputs in %s are damaged (%s). It is asked again.", file, error)
-        return []
+        return [], 0.0
     # The file's time says when it was last wanted, which `cache prune` goes by.
     with suppress(OSError):
         os.utime(file)
     starts = range(0, len(digests), _HASH_BYTES)
-    return [
+    known = [
         (digests[start : start + _HASH_BYTES], output) for start, output in zip(starts, outputs, strict=True)
     ]
+    return known, seconds

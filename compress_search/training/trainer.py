@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +15,7 @@ from compress_search.training.checkpoints import CheckpointFolder
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.training.own_function import train_by
 from compress_search.training.teacher_outputs import TeacherOutputs
+from compress_search.training.trained import Trained
 from compress_search.workspace import Workspace, remove_folder
 
 CHECKPOINT_SECONDS = 60.0
@@ -47,8 +48,8 @@ class Trainer:
         key: str,
         lesson: str,
         *,
-        after_epoch: Callable[[int], None] | None = None,
-    ) -> float:
+        after_epoch: Callable[[Sequence[float]], None] | None = None,
+    ) -> Trained:
         """Train a model in place, or go on where a process that trained the same was killed.
 
         Args:
@@ -59,10 +60,11 @@ class Trainer:
                 names the checkpoints.
             lesson: The hash of the original, the training data, and what tells this pass through them from
                 others; it is the seed of the data, and names what the original says of them.
-            after_epoch: Called with the number of epochs that are done, after each one of the package's own.
+            after_epoch: See :func:`compress_search.training.fine_tuning.fine_tune`; a training function of
+                the task's own does not call it.
 
         Returns:
-            What ``task.score(model)`` says of the weights that were kept.
+            What ``task.score(model)`` says of the weights that were kept, and how it came to that.
 
         Raises:
             TrainingError: See :func:`compress_search.training.fine_tuning.fine_tune`.
@@ -70,7 +72,7 @@ class Trainer:
         """
         folder, seed = self.workspace.checkpoints / key, int(key[:8], 16)
         if self.task.training is not None:
-            return train_by(
+            accuracy = train_by(
                 model,
                 original,
                 self.task,
@@ -80,6 +82,7 @@ class Trainer:
                 folder=folder,
                 stop=self.stop,
             )
+            return Trained(accuracy)
         return fine_tune(
             model,
             original,

@@ -27,6 +27,7 @@ from compress_search.training.precision import casting, dtype_of, make_scaler
 from compress_search.training.random_streams import RandomState, batches_of
 from compress_search.training.schedules import learning_rate_factor
 from compress_search.training.teacher_outputs import EpochOutputs, TeacherOutputs
+from compress_search.training.trained import Trained
 
 _Asking = Callable[[Sequence[Tensor]], list[Any]]
 """Gives the teacher's outputs of the parts of a batch."""
@@ -56,6 +57,8 @@ class TrainingRun:
 
     Attributes:
         epoch: How many epochs were trained and evaluated.
+        learning_curve: What the evaluations said so far: before the first epoch, and after each.
+        teacher_seconds_saved: Time that asking the teacher would have taken where its outputs were known.
     """
 
     def __init__(
@@ -93,6 +96,8 @@ class TrainingRun:
         self._loss = BatchLoss(run, task, settings, self._device)
         self._batches_per_epoch = _count_batches(task.train)
         self._best_score, self._best = -math.inf, _copy_of_state(model)
+        self.learning_curve: list[float] = []
+        self.teacher_seconds_saved = 0.0
         # Of the epoch that is under way:
         self.epoch = 0
         self._batch = 0
@@ -152,18 +157,20 @@ class TrainingRun:
             raise KeyboardInterrupt
         return f"accuracy {score:.4f}, loss {loss:.4f}"
 
-    def finish(self) -> float:
-        """Leave the model with its best weights, in evaluation mode, and return their score."""
+    def finish(self) -> Trained:
+        """Leave the model with its best weights, in evaluation mode, and say how it went."""
         self._model.to(memory_format=torch.contiguous_format)
         self._model.load_state_dict(self._best)
         self._model.eval()
-        return self._best_score
+        return Trained(self._best_score, tuple(self.learning_curve), self.teacher_seconds_saved)
 
     def _evaluate(self, model: nn.Module, epoch: int) -> float:
         with seeded(_seed_of(self._seed, epoch), self._task.validation):
             score = self._task.score(model.eval())
         if score >= self._best_score:
             self._best_score, self._best = score, _copy_of_state(model)
+        # An evaluation after which the process was stopped is made again.
+        self.learning_curve[epoch:] = [score]
         return score
 
     def _train_epoch(self) -> float:
@@ -185,6 +192,7 @@ class TrainingRun:
         mean = self._mean_loss()
         if taught is not None:
             taught.keep()
+            self.teacher_seconds_saved += taught.seconds_saved
         if not _is_finite(self._model):
             raise NotFiniteError(f"weights are not finite after epoch {self.epoch + 1}")
         return mean
@@ -337,6 +345,8 @@ class TrainingRun:
                 "epoch": self.epoch,
                 "batch": self._batch,
                 "best_score": self._best_score,
+                "learning_curve": list(self.learning_curve),
+                "teacher_seconds_saved": self.teacher_seconds_saved,
                 "rate": self._rate,
                 "parts": self._parts,
                 "scaler": self._scaler.state_dict(),
@@ -355,6 +365,10 @@ class TrainingRun:
         self._scaler.load_state_dict(values["scaler"])
         self.epoch, self._batch = values["epoch"], values["batch"]
         self._best_score, self._rate, self._parts = values["best_score"], values["rate"], values["parts"]
+        # Checkpoints of before there were learning curves know the best of their epochs alone.
+        curve = [self._best_score] * (self.epoch + 1)
+        self.learning_curve = list(values.get("learning_curve", curve))
+        self.teacher_seconds_saved = values.get("teacher_seconds_saved", 0.0)
         # A copy, as all that is changed in place: the snapshot may be needed again.
         self._total = now["total"].to(self._device, copy=True)
         kind, position, has_gauss, gauss = values["numpy"]

@@ -106,7 +106,7 @@ class Bench:
         # All networks that are tuned from one seed see the same batches.
         lesson = content_hash([tuning.weights_hash, tuning.images, tuning.seed])
         start, cpu_start = time.perf_counter(), time.process_time()
-        validation = fine_tune(
+        trained_on = fine_tune(
             network,
             teacher,
             task,
@@ -121,7 +121,7 @@ class Bench:
             original=result.original_accuracy,
             before=result.accuracy,
             after=accuracy(network, self.laboratory.test),
-            validation=validation,
+            validation=trained_on.accuracy,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
         )

@@ -50,12 +50,18 @@ class FakeRunner:
             reused = key in self.store
             if not reused:
                 if self.epochs and after_epoch is not None:
-                    after_epoch(self.epochs)
+                    after_epoch([0.5] * (self.epochs + 1))
                 self.before_stage(stage)
                 lost = (1 - stage.mac_ratio) ** 2 if isinstance(stage, Compress) else 0.75 * (accuracy - 0.9)
                 macs = self._macs(recipe.stages[: position + 1])
-                self.store[key] = (accuracy - lost, macs)
-            accuracy, macs = self.store[key]
+                curve = ()
+                if isinstance(stage, FineTune):
+                    curve = tuple(accuracy - lost * done / stage.epochs for done in range(stage.epochs + 1))
+                    for done in range(1, stage.epochs + 1):
+                        if after_epoch is not None:
+                            after_epoch(curve[: done + 1])
+                self.store[key] = (accuracy - lost, macs, curve)
+            accuracy, macs, curve = self.store[key]
             results.append(
                 StageResult(
                     key=key,
@@ -66,6 +72,7 @@ class FakeRunner:
                     mac_ratio=macs / REFERENCE.macs,
                     seconds=2.0,
                     reused=reused,
+                    learning_curve=curve,
                 )
             )
             if after_stage is not None:

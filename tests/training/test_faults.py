@@ -19,7 +19,7 @@ SETTINGS = FineTune(epochs=3, lr=0.05, distillation=0.0)
 
 
 def train(task, model, settings=SETTINGS, **options):
-    return fine_tune(model, None, task, settings, seed=0, progress=Progress(), **options)
+    return fine_tune(model, None, task, settings, seed=0, progress=Progress(), **options).accuracy
 
 
 class Spoiling:

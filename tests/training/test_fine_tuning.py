@@ -26,7 +26,7 @@ def changed(settings, **changes):
 
 
 def run(model, teacher, task, settings, *, seed=0):
-    return fine_tune(model, teacher, task, settings, seed=seed, progress=Progress())
+    return fine_tune(model, teacher, task, settings, seed=seed, progress=Progress()).accuracy
 
 
 def state_of(model):

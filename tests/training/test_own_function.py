@@ -22,10 +22,11 @@ def train(tiny_task, tiny_net, tmp_path):
         task = tiny_task(training=training, **changes)
         model = tiny_net()
         trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
-        score = trainer.train(
+        done = trainer.train(
             model, tiny_net(seed=1), settings or FineTune(epochs=2), "0123456789abcdef", "fedcba"
         )
-        return model, score, trainer
+        assert done.learning_curve == ()
+        return model, done.accuracy, trainer
 
     return run
 

@@ -55,7 +55,7 @@ def make(tiny_task, tiny_net, crashing):
 
 def train(parts, settings, folder=None, stop=None, *, seconds=1e-9):
     model, teacher, task = parts
-    score = fine_tune(
+    trained = fine_tune(
         model,
         teacher,
         task,
@@ -65,7 +65,7 @@ def train(parts, settings, folder=None, stop=None, *, seconds=1e-9):
         checkpoints=None if folder is None else CheckpointFolder(folder, seconds),
         stop=stop,
     )
-    return score, model_fingerprint(model)
+    return trained, model_fingerprint(model)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -128,7 +128,9 @@ def test_stopped_while_it_is_evaluated(make, tmp_path):
     # What the other evaluation said of the first epoch counts on; the weights at its end are the same.
     _, _, task = make()
     latest_only = train(make(), settings, tmp_path)
-    assert latest_only[0] == max(0.6, undisturbed[0])
+    assert latest_only[0].accuracy == max(0.6, undisturbed[0].accuracy)
+    # Nor is it made again.
+    assert latest_only[0].learning_curve == (0.5, 0.6, *undisturbed[0].learning_curve[2:])
     assert task.training is None
 
 

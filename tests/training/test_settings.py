@@ -19,8 +19,8 @@ PLAIN = {"epochs": 1, "momentum": 0, "weight_decay": 0, "distillation": 0, "grad
 
 
 def trained(task, model, teacher=None, **settings):
-    score = fine_tune(model, teacher, task, FineTune(**PLAIN | settings), seed=0, progress=Progress())
-    return model, score
+    done = fine_tune(model, teacher, task, FineTune(**PLAIN | settings), seed=0, progress=Progress())
+    return model, done.accuracy
 
 
 def largest_difference(model, other):
