@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from compress_search.divergence import are_same_but_for_rounding
 from compress_search.profile import inference_mode_of
 
+_CHANNELS_AT_A_TIME = 8
+"""Of oneDNN's kernels for AVX2."""
+
 
 def in_quickest_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     """Lay out batches of images as a model on a CPU gets through them most quickly.
@@ -42,16 +45,29 @@ def in_quickest_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tens
     return [_channels_last(batch) if batch.ndim == 4 else batch for batch in unchanged]
 
 
-def takes_channels_last(model: nn.Module, example: Tensor) -> bool:
-    """Whether a model convolves images, and gives the same outputs where their channels are last.
+def can_train_channels_last(model: nn.Module, example: Tensor) -> bool:
+    """Whether a model convolves images, gives the same outputs where their channels are last, and can learn.
 
     Args:
         model: The model. It is not changed.
         example: ``(batch, ...)``, on the model's device.
     """
-    if example.ndim != 4 or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if example.ndim != 4 or not convolutions:
+        return False
+    if example.device.type == "cpu" and any(map(_has_no_safe_gradient, convolutions)):
         return False
     return _is_indifferent(model, torch.cat([example[:1], example[:1]]))
+
+
+def _has_no_safe_gradient(convolution: nn.Conv2d) -> bool:
+    """Whether the gradient of a convolution's weights may be written past its memory where channels are last.
+
+    oneDNN's kernel for AVX2 does so for 1x1 kernels that stride over images of fewer channels than it handles
+    at a time (its issue 6035); seen with PyTorch 2.15. Pruned residual networks have such shortcuts.
+    """
+    strides = max(convolution.stride) > 1 and max(convolution.kernel_size) == 1
+    return strides and convolution.in_channels // convolution.groups < _CHANNELS_AT_A_TIME
 
 
 def _is_indifferent(model: nn.Module, example: Tensor) -> bool:

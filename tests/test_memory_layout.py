@@ -8,8 +8,10 @@ from torch import nn
 
 from compress_search.compression import compress, measure_sensitivity
 from compress_search.divergence import divergence_of
-from compress_search.memory_layout import in_quickest_layout
-from compress_search.recipe import Compress
+from compress_search.memory_layout import can_train_channels_last, in_quickest_layout
+from compress_search.progress import Progress
+from compress_search.recipe import Compress, FineTune
+from compress_search.training.fine_tuning import fine_tune
 
 LAST = torch.channels_last
 
@@ -98,3 +100,38 @@ def test_the_outcome_is_that_of_the_usual_layout(method, monkeypatch):
     assert one.step == other.step
     with torch.no_grad():
         assert divergence_of(one.model(batches[0]), other.model(batches[0])).mean < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("convolution", "can"),
+    [
+        (nn.Conv2d(5, 4, 1, stride=2), False),
+        (nn.Conv2d(7, 4, 1, stride=(1, 2)), False),
+        (nn.Conv2d(16, 4, 1, stride=2, groups=4), False),
+        (nn.Conv2d(8, 4, 1, stride=2), True),
+        (nn.Conv2d(5, 4, 1), True),
+        (nn.Conv2d(5, 4, (3, 1), stride=2), True),
+    ],
+)
+def test_what_onednn_writes_past_its_memory_for_is_trained_with_channels_first(convolution, can):
+    example = torch.randn(1, convolution.in_channels, 6, 6)
+    assert can_train_channels_last(nn.Sequential(convolution, nn.ReLU()), example) == can
+    # Nothing is wrong with its outputs.
+    assert in_quickest_layout(convolution, [example])[0].is_contiguous(memory_format=LAST)
+
+
+def test_a_narrow_shortcut_that_strides_can_be_trained(tiny_task):
+    """Where the kernel at fault is used, this ends the process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 5, 3, padding=1),
+        nn.Conv2d(5, 12, 1, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+    trained = fine_tune(
+        model, None, tiny_task(), FineTune(epochs=20, distillation=0.0), seed=0, progress=Progress()
+    )
+    assert len(trained.learning_curve) == 21
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress_search.exceptions import TrainingError
 from compress_search.fingerprint import content_hash, seeded
-from compress_search.memory_layout import takes_channels_last
+from compress_search.memory_layout import can_train_channels_last
 from compress_search.profile import inference_mode_of
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
@@ -402,7 +402,7 @@ def _lay_out(model: nn.Module, example: Tensor, settings: FineTune) -> torch.mem
     """Bring the parameters into one layout, whatever they came in: other layouts round other bits."""
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
-    if settings.channels_last and takes_channels_last(model, example):
+    if settings.channels_last and can_train_channels_last(model, example):
         model.to(memory_format=torch.channels_last)
         return torch.channels_last
     return torch.contiguous_format
