@@ -176,7 +176,12 @@ def _finished(number: int, gain: float = 0.0, **more: Any) -> FrozenTrial:
 def _others(trials: int) -> Iterator[FrozenTrial]:
     yield _finished(0, 0.001, finalist_of=0)
     yield _finished(1, -0.001, retry_of=FAILED, retries=1)
-    started = {"stages": [_results(2)[0].to_dict()], "recipe": _recipe(2), "learning_curve": [0.8, 0.85], HTML: HTML}
+    started = {
+        "stages": [_results(2)[0].to_dict()],
+        "recipe": _recipe(2),
+        "learning_curve": [0.8, 0.85],
+        HTML: HTML,
+    }
     yield create_trial(state=TrialState.RUNNING, user_attrs=started)
     yield create_trial(state=TrialState.WAITING)
 

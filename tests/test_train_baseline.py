@@ -49,7 +49,9 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(baseline, train, tmp_p
     assert not resumed.exists()
     done = []
     monkeypatch.setattr(
-        baseline, "fine_tune", lambda *a, **k: real(*a, **k, after_epoch=lambda curve: done.append(len(curve) - 1))
+        baseline,
+        "fine_tune",
+        lambda *a, **k: real(*a, **k, after_epoch=lambda curve: done.append(len(curve) - 1)),
     )
     baseline.train_baseline(plan, train, resumed)
     # Of the first one it is told again.

@@ -10,6 +10,7 @@ from compress_search.reports.figure_look import Draw
 from compress_search.reports.hypervolume import draw_hypervolume, hypervolume_data
 from compress_search.reports.layer_bars import draw_layer_bars
 from compress_search.reports.layers import LayerRow
+from compress_search.reports.learning_curves import draw_learning_curves, learning_curves_data
 from compress_search.reports.pareto import pareto_data
 from compress_search.reports.pareto_interactive import draw_interactive
 from compress_search.reports.ratio_split import draw_ratio_split, ratio_split_data
@@ -59,6 +60,11 @@ def study_figures(
     if accuracies.lines:
         figures.append(
             StudyFigure("stages", "Accuracy stage by stage", partial(draw_stage_accuracy, accuracies))
+        )
+    curves = learning_curves_data(front, chosen=chosen)
+    if curves.curves:
+        figures.append(
+            StudyFigure("curves", "Fine-tuning epoch by epoch", partial(draw_learning_curves, curves))
         )
     split = ratio_split_data(front, chosen=chosen)
     if split is not None:

@@ -9,29 +9,12 @@ import plotly.graph_objects as go
 
 from compress_search.accuracy_scale import AccuracyScale
 from compress_search.plain_text import duration
-from compress_search.reports.figure_look import (
-    BLUE,
-    GREY,
-    LIGHT,
-    PURPLE,
-    VERMILION,
-    Theme,
-    common_axis,
-    common_layout,
-    hover,
-)
+from compress_search.reports.figure_look import LIGHT, PURPLE, Theme, common_axis, common_layout, hover
 from compress_search.reports.formatting import ratio, stage_label
 from compress_search.reports.pareto import standings
+from compress_search.reports.trial_lines import TrialLine, draw_trial_lines
 from compress_search.reports.trials import stage_names, stage_order
 from compress_search.results import Candidate, ParetoFront
-
-_LINES = (
-    ("not complete", GREY, 1.0, "dot", 0.8),
-    ("outside the band", GREY, 1.0, "solid", 0.8),
-    ("in the band", BLUE, 1.0, "solid", 0.6),
-    ("on the front", VERMILION, 2.0, "solid", 1.0),
-)
-"""Standing, colour, width, dash and opacity of the lines, from the least to the most important."""
 
 
 @dataclass(frozen=True)
@@ -114,31 +97,7 @@ def draw_stage_accuracy(data: StageAccuracyData, *, narrow: bool = False, theme:
         narrow: For a screen of 400 pixels.
         theme: The page that it stands on. The data of the figure is the same on each.
     """
-    figure = go.Figure()
-    for standing, colour, width, dash, opacity in _LINES:
-        lines = [line for line in data.lines if _drawn_as(line) == standing]
-        if lines:
-            marker = {"size": 6, "color": colour}
-            figure.add_trace(
-                go.Scatter(
-                    **_path(data, lines),
-                    mode="lines+markers",
-                    line={"color": colour, "width": width, "dash": dash},
-                    marker=marker,
-                    opacity=opacity,
-                    name=f"trial {standing}",
-                )
-            )
-    for line in (line for line in data.lines if line.number == data.chosen):
-        figure.add_trace(
-            go.Scatter(
-                **_path(data, [line]),
-                mode="lines+markers",
-                line={"color": VERMILION, "width": 4},
-                marker={"size": 11, "color": VERMILION},
-                name=f"chosen: trial {line.number}",
-            )
-        )
+    figure = go.Figure(draw_trial_lines([_line(data, line) for line in data.lines], chosen=data.chosen))
     labels = ["original", *(stage_label(name).replace(" after ", "<br>after ") for name in data.stages)]
     figure.add_hline(
         y=data.scale.factor * data.original_accuracy, line={"color": PURPLE, "width": 1.5, "dash": "dot"}
@@ -164,23 +123,18 @@ def _points(candidate: Candidate, order: tuple[str, ...]) -> tuple[StagePoint, .
     )
 
 
-def _drawn_as(line: AccuracyLine) -> str:
-    return line.standing if line.standing in {name for name, *_ in _LINES} else "not complete"
-
-
-def _path(data: StageAccuracyData, lines: list[AccuracyLine]) -> dict[str, list[float | str | None]]:
-    """One path through all points of all lines, interrupted between two trials."""
-    factor = data.scale.factor
-    x: list[float | str | None] = []
-    y: list[float | str | None] = []
-    texts: list[float | str | None] = []
-    for line in lines:
-        x += [0, *(point.place + 1 for point in line.points), None]
-        y += [factor * data.original_accuracy, *(factor * point.accuracy for point in line.points), None]
-        title = f"trial {line.number}, {line.standing}"
-        start = hover(title, [("original", data.scale.accuracy(data.original_accuracy))])
-        texts += [start, *(hover(title, _facts(data, point)) for point in line.points), None]
-    return {"x": x, "y": y, "hovertext": texts, "hoverinfo": ["text"] * len(x)}
+def _line(data: StageAccuracyData, line: AccuracyLine) -> TrialLine:
+    """From the original model, where all begin, through the stages."""
+    title = f"trial {line.number}, {line.standing}"
+    start = hover(title, [("original", data.scale.accuracy(data.original_accuracy))])
+    accuracies = [data.original_accuracy, *(point.accuracy for point in line.points)]
+    return TrialLine(
+        line.number,
+        line.standing,
+        x=[0, *(point.place + 1 for point in line.points)],
+        y=[data.scale.factor * accuracy for accuracy in accuracies],
+        texts=[start, *(hover(title, _facts(data, point)) for point in line.points)],
+    )
 
 
 def _facts(data: StageAccuracyData, point: StagePoint) -> list[tuple[str, str]]:

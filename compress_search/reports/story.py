@@ -69,6 +69,13 @@ def story_of(
         chapters.append(Chapter(title, _half_text(done, front.reference.accuracy, scale)))
         if position == 0 and len(methods) > 1:
             chapters.append(Chapter("Gate", _gate_text(searched, halves, allowed_drop, scale)))
+    stopped = sum(c.state == "pruned" and len(c.learning_curve) > 0 for c in searched)
+    if stopped:
+        text = (
+            f"{_trials(stopped)} ended before the last epoch: half of the others were ahead by then "
+            "(median_stopping)."
+        )
+        chapters.append(Chapter("Given up in the last fine-tuning", text))
     if chosen is not None and chosen.accuracy is not None:
         chapters.append(Chapter("Pick", _pick_text(front, chosen, scale)))
     return tuple(chapters)
@@ -109,7 +116,7 @@ def _gate_text(
     allowed_drop: float | None,
     scale: AccuracyScale,
 ) -> str:
-    at_gate = [c for c in searched if c.state == "pruned" and halves[c.number]]
+    at_gate = [c for c in searched if c.state == "pruned" and len(halves[c.number]) == 1]
     passed = sum(len(own) > 1 for own in halves.values())
     if allowed_drop is None:
         return f"None was set (max_drop_after_ssvd), so no trial gave up here: {_trials(passed)} went on."

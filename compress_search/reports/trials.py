@@ -19,6 +19,8 @@ class StageTime:
         seconds: Wall time of those, in all.
         reused: How often a trial found it in the workspace.
         saved: Wall time that computing it again would have taken, in seconds.
+        teacher_saved: Further seconds that those computed would have taken if what the original says of the
+            training batches had not been known.
     """
 
     name: str
@@ -26,6 +28,7 @@ class StageTime:
     seconds: float
     reused: int
     saved: float
+    teacher_saved: float = 0.0
 
 
 def stage_times(trials: Iterable[Sequence[StageResult]]) -> tuple[StageTime, ...]:
@@ -51,6 +54,7 @@ def stage_times(trials: Iterable[Sequence[StageResult]]) -> tuple[StageTime, ...
             seconds=sum(stage.seconds for stage in results if not stage.reused),
             reused=sum(stage.reused for stage in results),
             saved=sum(stage.seconds for stage in results if stage.reused),
+            teacher_saved=sum(stage.teacher_seconds_saved for stage in results if not stage.reused),
         )
         for name in stage_order(sequences)
         for results in (kinds[name],)

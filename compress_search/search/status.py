@@ -88,6 +88,11 @@ class StudyStatus:
         return sum(stage.saved for stage in self.stages)
 
     @property
+    def teacher_seconds_saved(self) -> float:
+        """Seconds that fine-tunings saved since what the original says of their batches was known."""
+        return sum(stage.teacher_saved for stage in self.stages)
+
+    @property
     def share_saved(self) -> float:
         """The part of the time of all stages that reuse saved, in [0, 1]."""
         spent = sum(stage.seconds for stage in self.stages)
@@ -142,11 +147,17 @@ class StudyStatus:
             for s in self.stages
         ]
         total = self.reused_stages + self.computed_stages
-        return [
+        lines = [
             format_table(rows, right=rows[0][1:]),
             f"Reused: {self.reused_stages} of {total} stages, which saved {duration(self.seconds_saved)}: "
             f"{100 * self.share_saved:.0f} % of what computing all of them takes.",
         ]
+        if self.teacher_seconds_saved:
+            lines.append(
+                "What the original says of the training batches was known to later fine-tunings, which saved "
+                f"{duration(self.teacher_seconds_saved)} more."
+            )
+        return lines
 
     @property
     def _scale(self) -> AccuracyScale:

@@ -16,6 +16,7 @@ from compress_search.reports.figures import study_figures
 from compress_search.reports.hypervolume import draw_hypervolume, hypervolume, hypervolume_data
 from compress_search.reports.layer_bars import draw_layer_bars, shortened
 from compress_search.reports.layers import LayerRow
+from compress_search.reports.learning_curves import draw_learning_curves, learning_curves_data
 from compress_search.reports.ratio_split import draw_ratio_split, hyperbola, ratio_split_data
 from compress_search.reports.sensitivity import LOSSES, StageSensitivity, draw_heat_map, heat_map
 from compress_search.reports.stage_accuracy import draw_stage_accuracy, stage_accuracy_data
@@ -233,6 +234,47 @@ def test_drops_of_a_score_may_be_negative_and_are_not_logarithmic() -> None:
     data = heat_map(StageSensitivity("spatial_svd", LOSSES["score"], SensitivityTable(cells)))
     assert not data.logarithmic
     assert list(map(list, draw_heat_map(data).data[0].z)) == [[0.2, -0.1]]
+
+
+def _tuned(*curve: float, ratio: float = 0.5) -> tuple[StageResult, ...]:
+    compressed = StageResult("key", "spatial_svd", curve[0], 1000, 100, ratio, 1.0)
+    return (
+        compressed,
+        dataclasses.replace(compressed, name="fine_tune", accuracy=max(curve), learning_curve=curve),
+    )
+
+
+def test_learning_curves_are_those_of_the_last_fine_tunings(
+    make_candidate: Make, make_front: MakeFront
+) -> None:
+    front = make_front(
+        make_candidate(0, 0.5, 0.96, stages=_tuned(0.9, 0.96, 0.95)),
+        make_candidate(1, 0.7, 0.97, stages=_tuned(0.9, 0.97, 0.96, ratio=0.7)),
+        # Given up in its last fine-tuning, and before its first epoch.
+        make_candidate(2, 0.5, 0.9, state="pruned", stages=_tuned(0.8, 0.9)[:1], learning_curve=(0.8, 0.85)),
+        make_candidate(3, 0.5, 0.9, state="running", stages=_tuned(0.8, 0.9)[:1], learning_curve=(0.8,)),
+        make_candidate(4, 0.5, 0.95),
+    )
+    data = learning_curves_data(front, chosen=front.candidates[0])
+    assert [(curve.number, curve.standing, curve.accuracies) for curve in data.curves] == [
+        (0, "on the front", (0.9, 0.96, 0.95)),
+        (1, "outside the band", (0.9, 0.97, 0.96)),
+        (2, "pruned", (0.8, 0.85)),
+    ]
+    drawn = {trace.name: trace for trace in draw_learning_curves(data).data}
+    assert list(drawn) == [
+        "trial not complete",
+        "trial outside the band",
+        "trial on the front",
+        "chosen: trial 0",
+    ]
+    assert (drawn["trial not complete"].x, drawn["trial not complete"].y) == (
+        (0, 1, None),
+        (80.0, 85.0, None),
+    )
+    assert drawn["chosen: trial 0"].hovertext[1] == (
+        "<b>trial 0, on the front</b><br>epochs: 1<br>accuracy: 96.00 %<br>drop: +2.00 points"
+    )
 
 
 def test_stage_times_are_shown_in_a_unit_that_suits_them() -> None:

@@ -110,9 +110,18 @@ def test_cells_say_of_which_stage_they_are() -> None:
 
 
 def test_times_are_those_of_the_stages() -> None:
-    frame = times_frame([StageTime("spatial_svd", computed=2, seconds=3.5, reused=1, saved=1.5)])
+    frame = times_frame(
+        [StageTime("spatial_svd", computed=2, seconds=3.5, reused=1, saved=1.5, teacher_saved=0.5)]
+    )
     assert frame.to_dict("records") == [
-        {"stage": "spatial_svd", "computed": 2, "seconds": 3.5, "reused": 1, "saved": 1.5}
+        {
+            "stage": "spatial_svd",
+            "computed": 2,
+            "seconds": 3.5,
+            "reused": 1,
+            "saved": 1.5,
+            "teacher_saved": 0.5,
+        }
     ]
 
 

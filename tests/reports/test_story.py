@@ -58,6 +58,28 @@ def test_without_a_gate_none_is_told(front: ParetoFront) -> None:
     assert gate.text == "None was set (max_drop_after_ssvd), so no trial gave up here: 2 trials went on."
 
 
+def test_what_was_given_up_in_the_last_fine_tuning_has_passed_the_gate(
+    make_candidate: Make, make_front: MakeFront
+) -> None:
+    front = make_front(
+        make_candidate(0, 0.5, 0.96, stages=_both(0.8, 0.625, (0.90, 0.97, 0.85, 0.96))),
+        make_candidate(
+            1,
+            0.5,
+            0.9,
+            state="pruned",
+            stages=_both(0.8, 0.625, (0.90, 0.97, 0.85)),
+            learning_curve=(0.85, 0.9),
+        ),
+    )
+    story = {c.title: c.text for c in story_of(front, chosen=front.candidates[0], allowed_drop=0.05)}
+    assert story["Gate"].endswith("2 trials went on, none gave up here.")
+    assert story["Given up in the last fine-tuning"] == (
+        "1 trial ended before the last epoch: half of the others were ahead by then (median_stopping)."
+    )
+    assert list(story)[-1] == "Pick"
+
+
 def test_one_method_has_no_halves(make_candidate: Make, make_front: MakeFront) -> None:
     one = make_front(make_candidate(0, 0.5, 0.97, stages=_both(0.5, 1.0, (0.9, 0.97))))
     assert [c.title for c in story_of(one, chosen=one.best[0], allowed_drop=0.1)] == ["spatial SVD", "Pick"]

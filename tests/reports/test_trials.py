@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,9 @@ def test_stage_times_tell_the_two_fine_tunings_apart_and_count_what_reuse_saved(
         make_candidate(1, 0.5, 0.97, reused=2),
         make_candidate(2, 0.5, 0.9, state="pruned", reused=1),
     ]
+    # What a reused one had saved was saved once.
+    known = [replace(stage, teacher_seconds_saved=4.0) for stage in candidates[1].stages]
+    candidates[1] = replace(candidates[1], stages=tuple(known))
     rows = {row.name: row for row in stage_times(candidate.stages for candidate in candidates)}
     assert list(rows) == [
         "spatial_svd",
@@ -26,6 +30,7 @@ def test_stage_times_tell_the_two_fine_tunings_apart_and_count_what_reuse_saved(
     svd, last = rows["spatial_svd"], rows["fine_tune after channel_pruning"]
     assert (svd.computed, svd.seconds, svd.reused, svd.saved) == (1, 10.0, 2, 20.0)
     assert (last.computed, last.seconds, last.reused, last.saved) == (2, 26.0, 0, 0.0)
+    assert (svd.teacher_saved, last.teacher_saved) == (0.0, 4.0)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_a_trial_that_is_stopped_in_its_fine_tuning_goes_on_from_its_checkpoint(
     assert not list((study.workspace.root / "checkpoints").iterdir())
     trials = study.optuna_study.trials
     assert trials[0].user_attrs["reason"] == "interrupted: the search was stopped"
-    assert trials[0].user_attrs["epochs"] == 2
+    assert len(trials[0].user_attrs["learning_curve"]) == 1 + 2
 
 
 def test_the_status_adds_up(finished):
@@ -220,6 +220,9 @@ def test_the_status_adds_up(finished):
     assert status.share_saved == pytest.approx(saved / sum(s.seconds for s in stages))
     assert f"Reused: {status.reused_stages} of {len(stages)} stages, which saved " in str(status)
     assert f": {100 * status.share_saved:.0f} % of what computing all of them takes." in str(status)
+    known = sum(s.teacher_seconds_saved for s in stages if not s.reused)
+    assert status.teacher_seconds_saved == pytest.approx(known) and known > 0
+    assert "What the original says of the training batches was known to later fine-tunings" in str(status)
     for kind in status.stages:
         assert re.search(rf"^{kind.name} +{kind.computed} .* {kind.reused} ", str(status), re.MULTILINE)
     assert status.best == study.best()

@@ -79,6 +79,34 @@ def test_crashed_at_any_batch_and_resumed(make, tmp_path, name):
         assert train(make(), settings, folder) == undisturbed, crash_at
 
 
+def test_every_epoch_is_told_of_and_the_last_one_again_after_a_crash(make, tmp_path):
+    def told(*crash_at, folder=None):
+        model, teacher, task = make(*crash_at)
+        curves = []
+        checkpoints = None if folder is None else CheckpointFolder(folder, 1e-9)
+        with contextlib.suppress(TrainingError):
+            fine_tune(
+                model,
+                teacher,
+                task,
+                settings_of("default"),
+                seed=7,
+                progress=Progress(),
+                checkpoints=checkpoints,
+                after_epoch=lambda curve: curves.append(tuple(curve)),
+            )
+        return curves
+
+    undisturbed = told()
+    assert [len(curve) for curve in undisturbed] == [2, 3, 4]
+    assert all(curve == undisturbed[-1][: len(curve)] for curve in undisturbed)
+    for crash_at in range(EPOCHS * BATCHES):
+        folder = tmp_path / str(crash_at)
+        before = told(crash_at, folder=folder)
+        assert before == undisturbed[: crash_at // BATCHES]
+        assert told(folder=folder) == undisturbed[max(0, len(before) - 1) :]
+
+
 @pytest.mark.parametrize("name", ["default", "averaged"])
 def test_crashed_again_and_again(make, tmp_path, name):
     settings = settings_of(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import time
 
 import pytest
 import torch
@@ -208,3 +209,32 @@ def test_images_of_several_sizes_are_asked_about_each_time(tiny_task, tmp_path):
         fine_tune(model, teacher, task, SETTINGS, seed=0, teacher_outputs=kept, progress=Progress())
         assert teacher.asked == EPOCHS * 8
     assert files(tmp_path) == []
+
+
+class Slow(nn.Module):
+    """A teacher that takes its time."""
+
+    def __init__(self, teacher, seconds):
+        super().__init__()
+        self.teacher, self.seconds = teacher, seconds
+
+    def forward(self, inputs):
+        time.sleep(self.seconds)
+        return self.teacher(inputs)
+
+
+def test_it_is_told_what_that_saved(tiny_task, tiny_net, tmp_path):
+    def train(kept=True, epochs=EPOCHS):
+        settings = FineTune(**vars(SETTINGS) | {"epochs": epochs})
+        outputs = TeacherOutputs(tmp_path / "teacher", "lesson") if kept else None
+        teacher = Slow(tiny_net(seed=9), 0.02)
+        progress = Progress()
+        return fine_tune(
+            tiny_net(), teacher, tiny_task(), settings, seed=0, teacher_outputs=outputs, progress=progress
+        ).teacher_seconds_saved
+
+    assert train(kept=False) == train() == 0.0
+    saved = train()
+    assert 0.02 * EPOCHS * BATCHES <= saved < 3 * 0.02 * EPOCHS * BATCHES
+    # What it has to ask about itself it has not saved.
+    assert train(epochs=EPOCHS + 1) == pytest.approx(saved)
