@@ -1,4 +1,4 @@
-"""The median stopping rule: which trials are given up, when, and that it does not matter who was interrupted."""
+"""The median stopping rule: which trials are given up, when, and that interruptions change none of it."""
 
 from __future__ import annotations
 
