@@ -64,7 +64,7 @@ def test_it_loads_nothing_else_and_has_every_figure(opened, page, visit):
     assert (opened.loaded, opened.faults) == ([page.as_uri()], [])
     assert [f.get_attribute("id") for f in opened.page.locator("[data-figure]").all()] == [
         f"figure-{name}"
-        for name in ("front", "stages", "split", "hypervolume", "layers", "sensitivity-1", "times")
+        for name in ("front", "stages", "curves", "split", "hypervolume", "layers", "sensitivity-1", "times")
     ]
     alone = visit(page.with_name("front.html").as_uri()).wait_for_figures("[data-figure]")
     assert alone.figure(FRONT) == opened.figure(FRONT)

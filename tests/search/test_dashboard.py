@@ -137,9 +137,10 @@ def test_the_figures_are_the_reports_and_come_in_its_order(shared: CompressionSt
     assert [plot["id"] for plot in plots] == [
         "00-front",
         "01-stages",
-        "02-split",
-        "03-hypervolume",
-        "04-times",
+        "02-curves",
+        "03-split",
+        "04-hypervolume",
+        "05-times",
     ]
     front = json.loads(plots[0]["graph_object"])
     shown = [x for trace in front["data"] if trace["name"] == "trial on the front" for x in trace["x"]]
@@ -176,7 +177,7 @@ def test_with_the_task_the_best_trials_layers_have_macs(
     # That table was asked for last, so those of the front, which the first request began, are made too.
     found = details(server)
     assert "MACs before" in found["trials"][best.number]["note"]["body"]
-    assert "05-times" in {plot["id"] for plot in found["plotly_graph_objects"]}
+    assert "06-times" in {plot["id"] for plot in found["plotly_graph_objects"]}
 
 
 def test_a_task_that_cannot_be_made_costs_only_the_macs(
