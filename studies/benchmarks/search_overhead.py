@@ -70,7 +70,7 @@ class NothingRunner:
         recipe: Recipe,
         *,
         after_stage: Callable[[Stage, StageResult], None] | None = None,
-        after_epoch: Callable[[int], None] | None = None,
+        after_epoch: Callable[[Sequence[float]], None] | None = None,
     ) -> tuple[StageResult, ...]:
         """Tell of the stages as if they had been computed."""
         results, accuracy = [], REFERENCE.accuracy
