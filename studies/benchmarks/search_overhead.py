@@ -79,7 +79,7 @@ class NothingRunner:
             accuracy -= lost
             ratio = self.achieved_ratio(recipe.stages[: position + 1])
             if isinstance(stage, FineTune) and after_epoch is not None:
-                after_epoch(1)
+                after_epoch([accuracy + lost, accuracy])
             macs = int(ratio * REFERENCE.macs)
             results.append(StageResult("0" * 32, stage.name, accuracy, macs, 1, ratio, 0.0))
             if after_stage is not None:
