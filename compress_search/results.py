@@ -73,7 +73,7 @@ class StageResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "learning_curve": [*self.learning_curve]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> StageResult:
