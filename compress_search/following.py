@@ -29,6 +29,9 @@ _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
 _RECTIFIERS = (_aten.relu.default, _aten.relu_.default)
 _BOUNDED_RECTIFIERS = (_aten.hardtanh.default, _aten.hardtanh_.default)
 
+RECTIFIED = (0.0, math.inf)
+"""The bounds of a rectifier."""
+
 _LEAST_SLOPE = 1e-3
 """A channel of the layer that counts less than this in what follows, relative to the one that counts most,
 cannot make anything good."""
@@ -57,11 +60,15 @@ class Following:
             nothing.
         bounds: Between which values the result is clamped in the end, and then is heard by nobody but
             clamped; ``None`` if it is not.
+        leading: Names of the layers that lead to this one, one after the other: what comes of each, clamped
+            or not, is what the next is given, and nobody else hears it. ``other`` can be had when the first
+            is given its input.
     """
 
     normalisations: tuple[str, ...] = ()
     other: Place | None = None
     bounds: tuple[float, float] | None = None
+    leading: tuple[str, ...] = ()
 
     def after(self, model: nn.Module, outputs: Tensor, other: Tensor | None) -> Tensor:
         """What becomes of a layer's outputs before they are clamped.
@@ -74,6 +81,13 @@ class Following:
         for name in self.normalisations:
             outputs = model.get_submodule(name)(outputs)
         return outputs if other is None else outputs + other
+
+    def clamped(self, values: Tensor) -> Tensor:
+        """What a clamp that follows, if any, lets through of values before it."""
+        if self.bounds is None:
+            return values
+        low, high = self.bounds
+        return values.relu() if self.bounds == RECTIFIED else values.clamp(low, high)
 
     def before(self, model: nn.Module, change: Tensor) -> Tensor:
         """How a layer's outputs would have to change so that what becomes of them changes by so much.
@@ -112,7 +126,7 @@ def find_following(model: nn.Module, example_input: Tensor) -> dict[str, Followi
     """
     watcher = _Watcher({module: name for name, module in model.named_modules()})
     with watcher.hooked(), inference_mode_of(model), watcher:
-        model(example_input[:1])
+        watcher.hand_out(model(example_input[:1]))
     return watcher.found()
 
 
@@ -149,8 +163,9 @@ class _Known:
         version: Of its contents.
         layer: The layer that it comes from, or ``None``.
         normalisations: What that layer's output went through.
-        beside: If it is a sum, where the other side can be had in time.
+        beside: If it is a sum, where the other side can be had in time, and since when.
         before: What it was made from, likewise; ``None`` for the layer's output itself.
+        unclamped: What it is the clamp of, or ``None``.
         uses: How many operations have taken it.
         places: Where it can be had, each with the time.
     """
@@ -159,8 +174,9 @@ class _Known:
     version: int
     layer: str | None = None
     normalisations: tuple[str, ...] = ()
-    beside: tuple[Place, ...] = ()
+    beside: tuple[tuple[int, Place], ...] = ()
     before: _Known | None = None
+    unclamped: _Known | None = None
     uses: int = 0
     places: list[tuple[int, Place]] = field(default_factory=list)
 
@@ -183,6 +199,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._last: dict[str, _Known] = {}
         """By layer, the last thing that is known of what follows it."""
         self._bounds: dict[_Known, tuple[float, float]] = {}
+        self._given: dict[str, _Known] = {}
+        """By layer, what it is given."""
 
     def hooked(self) -> ExitStack:
         """Hooks in all modules until the stack is closed."""
@@ -192,6 +210,13 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stack.callback(module.register_forward_hook(self._ends).remove)
         return stack
 
+    def hand_out(self, outputs: Any) -> None:
+        """Take note that these tensors are what the model gives, so that somebody hears them."""
+        for leaf in tree_leaves(outputs):
+            known = self._find(leaf) if isinstance(leaf, Tensor) else None
+            if known is not None:
+                known.uses += 1
+
     def found(self) -> dict[str, Following]:
         """What was found."""
         return {
@@ -200,25 +225,62 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _following(self, known: _Known) -> Following:
         bounds = self._bounds.get(known) if known.is_used_once else None
+        assert known.layer is not None
         if not known.beside:
-            return Following(known.normalisations, bounds=bounds)
-        place = next((place for place in known.beside if self._calls[place.module] == 1), None)
+            leading = self._leading(known, since=0)
+            return Following(known.normalisations, bounds=bounds, leading=leading)
+        places = ((time, place) for time, place in known.beside if self._calls[place.module] == 1)
+        time, place = next(places, (0, None))
         if place is not None:
-            return Following(known.normalisations, place, bounds)
+            leading = self._leading(known, since=time)
+            return Following(known.normalisations, place, bounds, leading)
         assert known.before is not None
         return self._following(known.before)
+
+    def _leading(self, end: _Known, *, since: int) -> tuple[str, ...]:
+        """The layers that lead to one.
+
+        Args:
+            end: The last that is known of what follows that one.
+            since: The time before which none may begin.
+        """
+        names: list[str] = []
+        while self._is_called_once(end) and end.layer is not None:
+            source = self._only_source(end.layer)
+            if source is None or source.layer is None or self._begun[source.layer] < since:
+                break
+            if not self._is_called_once(source):
+                break
+            names.insert(0, source.layer)
+            end = source
+        return tuple(names)
+
+    def _is_called_once(self, end: _Known) -> bool:
+        """Whether nobody else uses the layer, and what normalises its output."""
+        return all(self._calls[name] == 1 for name in (end.layer, *end.normalisations) if name is not None)
+
+    def _only_source(self, layer: str) -> _Known | None:
+        """What a layer hears, clamped or not, if it comes from one layer and nobody else hears it."""
+        given = self._given.get(layer)
+        if given is None or given.uses > 1:
+            return None
+        end = given.unclamped or given
+        return end if end.layer is not None and not end.beside and end.is_used_once else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = [self._find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for known in taken:
             if known is not None:
                 known.uses += 1
-        if func in _RECTIFIERS and taken[0] is not None:
-            self._bounds[taken[0]] = (0.0, math.inf)
-        if func in _BOUNDED_RECTIFIERS and taken[0] is not None:
+        clamped = taken[0] if func in (*_RECTIFIERS, *_BOUNDED_RECTIFIERS) else None
+        if func in _RECTIFIERS and clamped is not None:
+            self._bounds[clamped] = RECTIFIED
+        if func in _BOUNDED_RECTIFIERS and clamped is not None:
             low, high = args[1] if len(args) > 1 else -1.0, args[2] if len(args) > 2 else 1.0
-            self._bounds[taken[0]] = (float(low), float(high))
+            self._bounds[clamped] = (float(low), float(high))
         result = func(*args, **(kwargs or {}))
+        if clamped is not None:
+            self._remember(_Known(result, _version(result, clamped.tensor), unclamped=clamped))
         if func in _SUMS and not kwargs and len(taken) == 2 == len(args) and args[0].shape == args[1].shape:
             self._add(taken[0], taken[1], result)
         return result
@@ -230,10 +292,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if end.layer is None or end.beside:
                 continue
             begun = self._begun[end.layer]
-            places = tuple(place for time, place in beside.places if time < begun)
+            places = tuple((time, place) for time, place in beside.places if time < begun)
             if places:
-                # PyTorch counts a change in place when the operation has returned, which is after this.
-                version = result._version + (result is one.tensor)
+                version = _version(result, one.tensor)
                 self._remember(_Known(result, version, end.layer, end.normalisations, places, end))
                 return
 
@@ -243,7 +304,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls[name] = self._calls.get(name, 0) + 1
         self._begun[name] = self._time
         if inputs and isinstance(inputs[0], Tensor):
-            self._note(inputs[0], Place(name, is_input=True))
+            self._given[name] = self._note(inputs[0], Place(name, is_input=True))
 
     def _ends(self, module: nn.Module, inputs: Any, output: Any) -> None:
         name = self._names[module]
@@ -267,14 +328,26 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known.layer is not None:
             self._last[known.layer] = known
 
-    def _note(self, tensor: Tensor, place: Place) -> None:
+    def _note(self, tensor: Tensor, place: Place) -> _Known:
         known = self._find(tensor)
         if known is None:
             known = _Known(tensor, tensor._version)
             self._remember(known)
         known.places.append((self._time, place))
+        return known
 
     def _find(self, tensor: Tensor) -> _Known | None:
         """What is known of a tensor, unless it was changed in place since."""
         known = self._known.get(id(tensor))
         return known if known is not None and known.version == tensor._version else None
+
+
+def _version(result: Tensor, changed: Tensor) -> int:
+    """The version that the result of an operation will have when the operation has returned.
+
+    Args:
+        result: The result.
+        changed: What the operation changed, if it was one in place.
+    """
+    # PyTorch counts a change in place when the operation has returned, which is after this.
+    return result._version + (result is changed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.calibration import warn_of_few_rows
 from compress_search.following import NOTHING_KNOWN, Following, Place, find_following, noting
+from compress_search.joint_refit import LONGEST, Example, Link, given_to_next, refit_together
 from compress_search.least_squares import PrimalRegression, Regression, regression_of
 from compress_search.patches import add_to_weights
 from compress_search.pausing import Notes, PausablePass, passes_keep_apart, pausing_after, pausing_before
@@ -43,6 +44,10 @@ Batches that do not fit start again from the input for the next refit: time in p
 _KEPT_BYTES = 2**26
 """What the inputs and outputs of a layer that are looked at again may take together. At high resolution that
 is few examples, but each has many rows."""
+
+_CHAIN_BYTES = 2**27
+"""What goes into layers that are refitted together and what should come of them may take this. On ResNet-20
+half of it would do nearly as well."""
 
 _ROUNDS = 2
 """How often a layer before a clamp is fitted again. On ResNet-20 pruned to half of its MACs one round lowered
@@ -70,6 +75,11 @@ class Refit:
     calls: int = 1
     following: Following = NOTHING_KNOWN
 
+    @property
+    def link(self) -> Link:
+        """The layer as part of a chain."""
+        return Link(self.layer, self.following)
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -82,6 +92,7 @@ class Visit:
         outputs: What the layer makes of it with its present weights.
         wanted: What the original layer put out.
         beside: What the outputs are added to, in the compressed model and in the original, if that is known.
+        start: Of a layer to which others lead, what the first of them is given.
     """
 
     batch: int
@@ -90,6 +101,7 @@ class Visit:
     outputs: Tensor
     wanted: Tensor
     beside: tuple[Tensor, Tensor] | None = None
+    start: Tensor | None = None
 
     @property
     def is_held_out(self) -> bool:
@@ -100,8 +112,13 @@ class Visit:
 class Road(Protocol):
     """A way of coming by the inputs of one layer after the other."""
 
-    def visits(self, refit: Refit) -> Iterator[Visit]:
-        """Yield all calls of a layer, with the weights that the layers have now."""
+    def visits(self, refit: Refit, leading: Sequence[Refit] = ()) -> Iterator[Visit]:
+        """Yield all calls of a layer, with the weights that the layers have now.
+
+        Args:
+            refit: Of the layer.
+            leading: Of the layers that lead to it and that may change again.
+        """
 
     def close(self) -> None:
         """Let go of everything that is held between the layers."""
@@ -152,32 +169,97 @@ def with_following(refits: Sequence[Refit], original: nn.Module, example: Tensor
 
 def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
     """Refit layers with the inputs that a road gives; see :func:`refit_in_forward_order`."""
-    few = []
-    for refit in refits:
-        layer = model.get_submodule(refit.layer)
-        regression: Regression | None = None
-        kept = _KeptVisits()
-        for visit in road.visits(refit):
-            residual = _residual(model, layer, refit, visit)
-            if regression is None:
-                assert isinstance(layer.weight, nn.Parameter)
-                rows = round(refit.calls * residual.numel() / len(layer.weight) / visit.share)
-                regression = regression_of(layer, refit.layer, rows=rows)
-            regression.add(visit.inputs, residual, held_out=visit.is_held_out)
-            kept.add(visit)
-        if regression is None:
-            continue
-        if regression.is_underdetermined:
-            few.append(refit.layer)
-        _change(layer, regression)
-        if isinstance(regression, PrimalRegression) and kept.show_what_follows(refit.following):
-            if not kept.are_all:
-                regression = PrimalRegression(layer, refit.layer)
-                for visit in kept.visits:
-                    regression.add_inputs(visit.inputs, held_out=visit.is_held_out)
-            if not regression.is_underdetermined:
-                _refine(model, layer, refit, regression, kept.visits)
+    few: list[str] = []
+    for chain in chains_of(model, refits):
+        few += _refit_alone(road, model, chain[0]) if len(chain) == 1 else _refit_chain(road, model, chain)
     warn_of_few_rows(few)
+
+
+def _refit_alone(road: Road, model: nn.Module, refit: Refit) -> list[str]:
+    """Refit one layer by least squares, as the clamp sees it; return its name if it has too few rows."""
+    layer = model.get_submodule(refit.layer)
+    kept = _KeptVisits()
+    regression = _solve(road, model, refit, (), kept.add)
+    if isinstance(regression, PrimalRegression) and kept.show_what_follows(refit.following):
+        fitted = regression
+        if not kept.are_all:
+            fitted = PrimalRegression(layer, refit.layer)
+            for visit in kept.visits:
+                fitted.add_inputs(visit.inputs, held_out=visit.is_held_out)
+        if not fitted.is_underdetermined:
+            _refine(model, layer, refit, fitted, kept.visits)
+    return [refit.layer] if regression is not None and regression.is_underdetermined else []
+
+
+def _refit_chain(road: Road, model: nn.Module, chain: Sequence[Refit]) -> list[str]:
+    """Refit layers one after the other, then together; return the names of those with too few rows."""
+    kept = _KeptExamples(model, chain[-1])
+    regressions = {
+        refit.layer: _solve(road, model, refit, chain[:place], kept.add if refit is chain[-1] else None)
+        for place, refit in enumerate(chain)
+    }
+    few = [name for name, found in regressions.items() if found is not None and found.is_underdetermined]
+    if not few and None not in regressions.values():
+        refit_together(model, [refit.link for refit in chain], kept.examples)
+    return few
+
+
+def _solve(
+    road: Road,
+    model: nn.Module,
+    refit: Refit,
+    leading: Sequence[Refit],
+    see: Callable[[Visit], None] | None,
+) -> Regression | None:
+    """Refit one layer by least squares, and let somebody see its visits; ``None`` where there are none."""
+    layer = model.get_submodule(refit.layer)
+    regression: Regression | None = None
+    for visit in road.visits(refit, leading):
+        residual = _residual(model, layer, refit, visit)
+        if regression is None:
+            assert isinstance(layer.weight, nn.Parameter)
+            rows = round(refit.calls * residual.numel() / len(layer.weight) / visit.share)
+            regression = regression_of(layer, refit.layer, rows=rows)
+        regression.add(visit.inputs, residual, held_out=visit.is_held_out)
+        if see is not None:
+            see(visit)
+    if regression is not None:
+        _change(layer, regression)
+    return regression
+
+
+def chains_of(model: nn.Module, refits: Sequence[Refit]) -> list[Sequence[Refit]]:
+    """Divide refits, in their order, into layers that are refitted together and layers by themselves.
+
+    Layers are refitted together if each leads to the next and one of them but the last has lost outputs.
+
+    Args:
+        model: The compressed model.
+        refits: The refits, each with what follows its layer.
+    """
+    chains: list[Sequence[Refit]] = []
+    end = len(refits)
+    while end:
+        leading = refits[end - 1].following.leading
+        length = 1
+        while (
+            length < min(LONGEST, len(leading) + 1, end)
+            and leading[-length] == refits[end - 1 - length].layer
+            and all(_can_be_chained(model, refit) for refit in refits[end - 1 - length : end])
+        ):
+            length += 1
+        chain = refits[end - length : end]
+        if all(refit.outputs is None for refit in chain[:-1]):
+            chain = chain[-1:]
+        chains.insert(0, chain)
+        end -= len(chain)
+    return chains
+
+
+def _can_be_chained(model: nn.Module, refit: Refit) -> bool:
+    weight = model.get_submodule(refit.layer).weight
+    full = isinstance(weight, nn.Parameter) and weight.dtype in (torch.float32, torch.float64)
+    return full and refit.layer == refit.source and refit.calls == 1
 
 
 def _residual(model: nn.Module, layer: nn.Module, refit: Refit, visit: Visit) -> Tensor:
@@ -218,6 +300,37 @@ class _KeptVisits:
         """Whether there is a clamp, and everything is known of what comes before it."""
         summed = following.other is not None
         return following.bounds is not None and all((v.beside is not None) == summed for v in self.visits)
+
+
+class _KeptExamples:
+    """What a chain of layers is refitted to: all visits of the last of them, or as many as memory allows.
+
+    Args:
+        model: The compressed model.
+        refit: Of the last layer.
+    """
+
+    def __init__(self, model: nn.Module, refit: Refit) -> None:
+        self.examples: list[Example] = []
+        self._model = model
+        self._refit = refit
+        self._bytes = 0
+
+    def add(self, visit: Visit) -> None:
+        """Keep a visit, if there is room for it."""
+        layer, refit = self._model.get_submodule(self._refit.layer), self._refit
+        if (visit.beside is None) != (refit.following.other is None):
+            return
+        beside, other = (None, None) if visit.beside is None else visit.beside
+        tensors = {t.data_ptr(): t for t in (visit.start, visit.outputs, beside) if t is not None}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._bytes + size > _CHAIN_BYTES:
+            return
+        self._bytes += size
+        other = None if other is None else _kept(layer, other, refit.outputs)
+        wanted = refit.following.after(self._model, _kept(layer, visit.wanted, refit.outputs), other)
+        assert visit.start is not None
+        self.examples.append(Example(visit.start, refit.following.clamped(wanted), beside, visit.is_held_out))
 
 
 def _refine(
@@ -315,9 +428,10 @@ class RunAgain:
         """Share of all examples that a piece has."""
         return len(piece) / self._examples
 
-    def visits(self, refit: Refit) -> Iterator[Visit]:
+    def visits(self, refit: Refit, leading: Sequence[Refit] = ()) -> Iterator[Visit]:
         """See :meth:`Road.visits`."""
         layer, source = self.model.get_submodule(refit.layer), self.original.get_submodule(refit.source)
+        first = self.model.get_submodule((*leading, refit)[0].layer)
         places = [] if refit.following.other is None else [refit.following.other]
         ours: Notes = {}
         theirs: Notes = {}
@@ -326,10 +440,12 @@ class RunAgain:
                 for piece in batch:
                     inputs = piece.to(self.device)
                     wanted = _calls(self.original, source, inputs, refit.calls)
-                    given = _calls(self.model, layer, inputs, refit.calls)
+                    given = _calls(self.model, first, inputs, refit.calls)
                     beside = _taken(refit, ours, theirs)
-                    for (_, target), (seen, output) in zip(wanted, given, strict=True):
-                        yield Visit(number, self.share(piece), seen, output, target, beside)
+                    for (_, target), (start, output) in zip(wanted, given, strict=True):
+                        seen = given_to_next(self.model, [one.link for one in leading], start)
+                        outputs = layer(seen) if leading else output
+                        yield Visit(number, self.share(piece), seen, outputs, target, beside, start)
 
     def close(self) -> None:
         """See :meth:`Road.close`; there is nothing."""
@@ -345,6 +461,8 @@ class _Waiting:
         piece: The piece.
         running: Its pass; ``None`` where it has to start from the input.
         bytes: What its activations take while it waits.
+        before: Name of the layer that it waits before, and what that is given, if it is one that leads to
+            others which are refitted with it.
     """
 
     model: nn.Module
@@ -352,6 +470,7 @@ class _Waiting:
     piece: Tensor
     running: PausablePass | None = None
     bytes: int = 0
+    before: tuple[str, Tensor] | None = None
 
     @property
     def notes(self) -> Notes:
@@ -385,31 +504,37 @@ class WaitAndGoOn:
             for net in (again.original, again.model)
         ]
 
-    def visits(self, refit: Refit) -> Iterator[Visit]:
-        """See :meth:`Road.visits`."""
+    def visits(self, refit: Refit, leading: Sequence[Refit] = ()) -> Iterator[Visit]:
+        """See :meth:`Road.visits`; passes of the compressed model wait before the first that leads to it."""
         if refit.calls > 1:
             # Some of its calls would lie behind a pass that waits, made with the weights it had before.
             self.close()
             yield from self._again.visits(refit)
             return
         model, original = self._again.model, self._again.original
-        layer = model.get_submodule(refit.layer)
+        layer, first = model.get_submodule(refit.layer), (*leading, refit)[0].layer
+        links = [one.link for one in leading]
         with ExitStack() as hooks:
-            hooks.enter_context(pausing_before(layer))
-            hooks.enter_context(pausing_after(original.get_submodule(refit.source)))
+            # What a layer is given is noted down before the pass waits there.
             for net in (model, original):
                 hooks.enter_context(noting(net, self._places, {}))
+            hooks.enter_context(pausing_before(model.get_submodule(first)))
+            hooks.enter_context(pausing_after(original.get_submodule(refit.source)))
             for theirs, ours in zip(*self._sides, strict=True):
                 wanted = self._go_on(theirs)
-                inputs = self._go_on(ours)
+                waits = leading and ours.before is not None and ours.before[0] == first
+                start = ours.before[1] if waits and ours.before is not None else self._go_on(ours)
                 beside = _taken(refit, ours.notes, theirs.notes)
-                if wanted is not None and inputs is not None:
+                if wanted is not None and start is not None:
+                    inputs = given_to_next(model, links, start)
+                    ours.before = first, start
                     share = self._again.share(ours.piece)
-                    yield Visit(ours.number, share, inputs, layer(inputs), wanted, beside)
+                    yield Visit(ours.number, share, inputs, layer(inputs), wanted, beside, start)
+                    del inputs
                 # Nothing here may outlive the pass that it belongs to.
-                del wanted, inputs, beside
+                del wanted, start, beside
                 self._wait(theirs, self._after.get(refit.source))
-                self._wait(ours, self._before.get(refit.layer))
+                self._wait(ours, self._before.get(first))
 
     def close(self) -> None:
         """See :meth:`Road.close`; ends all passes."""
@@ -419,6 +544,7 @@ class WaitAndGoOn:
 
     def _go_on(self, waiting: _Waiting) -> Tensor | None:
         """Run as far as the layer, from where the pass waits or else from the input."""
+        waiting.before = None
         value = None if waiting.running is None else waiting.running.resume()
         if value is None:
             # It may have passed the layer already, where layers do not run in the order of the refits.
@@ -439,7 +565,7 @@ class WaitAndGoOn:
     def _drop(self, waiting: _Waiting) -> None:
         if waiting.running is not None:
             waiting.running.drop()
-        waiting.running, waiting.bytes = None, 0
+        waiting.running, waiting.bytes, waiting.before = None, 0, None
 
 
 def _taken(refit: Refit, ours: Notes, theirs: Notes) -> tuple[Tensor, Tensor] | None:

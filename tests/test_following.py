@@ -92,14 +92,16 @@ EXAMPLE = torch.zeros(2, 4, 6, 6)
 def test_a_branch_ends_in_a_sum_with_what_the_block_is_given(in_place):
     found = find_following(nn.Sequential(nn.Conv2d(4, 4, 1), Block(in_place=in_place)).eval(), EXAMPLE)
     assert found["1.first"] == Following(("1.first_norm",), bounds=RELU)
-    assert found["1.second"] == Following(("1.second_norm",), Place("0", is_input=False), RELU)
+    assert found["1.second"] == Following(
+        ("1.second_norm",), Place("0", is_input=False), RELU, leading=("1.first",)
+    )
     # The block hears it twice, so it is not known only clamped.
     assert found["0"] == Following()
 
 
 def test_the_sum_belongs_to_the_branch_that_ends_last():
     found = find_following(Projected().eval(), EXAMPLE)
-    assert found["second"] == Following(("second_norm",))
+    assert found["second"] == Following(("second_norm",), leading=("first",))
     assert found["shortcut"] == Following((), Place("second_norm", is_input=False), RELU)
 
 
@@ -191,7 +193,7 @@ def _clamped_fit(monkeypatch, rounds):
             Visit(number, 0.25, seen, model(seen), target)
             for number, (seen, target) in enumerate(zip(inputs, wanted, strict=True))
         ]
-        road = SimpleNamespace(visits=lambda _: iter(visits))
+        road = SimpleNamespace(visits=lambda *_: iter(visits))
         refit_on(road, model, [refit])
         return float((model(inputs).relu() - wanted.relu()).square().mean())
 

@@ -43,6 +43,7 @@ ORDER = (
     "calibration",
     "pausing",
     "following",
+    "joint_refit",
     "least_squares",
     "reconstruction",
     "methods",
