@@ -26,7 +26,7 @@ from compress_search.following import Following
 logger = logging.getLogger("compress_search")
 
 LONGEST = 4
-"""At most so many layers are refitted together: as many as a bottleneck has whose middle one was factorised."""
+"""At most so many layers are refitted together: a bottleneck has as many when its middle one was factorised."""
 
 _ROUNDS = 4
 """How often each example is looked at. On ResNet-20 pruned to 0.438 of its MACs with 1,024 images, one round
@@ -36,8 +36,8 @@ _EXAMPLES_A_STEP = 16
 """How many examples a step looks at, more or less."""
 
 _RATE = 0.06
-"""The size of the largest steps, relative to the root mean square of a tensor of weights. There, the divergence
-was 3 % higher with 0.03, and the same with 0.1."""
+"""The size of the largest steps, relative to the root mean square of a tensor of weights. There, the
+divergence was 3 % higher with 0.03, and the same with 0.1."""
 
 _WARM_UP = 10
 """Over so many steps at most the steps grow to their size; from then on they shrink along a cosine."""

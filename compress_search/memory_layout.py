@@ -55,19 +55,21 @@ def can_train_channels_last(model: nn.Module, example: Tensor) -> bool:
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if example.ndim != 4 or not convolutions:
         return False
-    if example.device.type == "cpu" and any(map(_has_no_safe_gradient, convolutions)):
+    if example.device.type == "cpu" and not all(map(has_safe_gradient, convolutions)):
         return False
     return _is_indifferent(model, torch.cat([example[:1], example[:1]]))
 
 
-def _has_no_safe_gradient(convolution: nn.Conv2d) -> bool:
-    """Whether the gradient of a convolution's weights may be written past its memory where channels are last.
+def has_safe_gradient(layer: nn.Module) -> bool:
+    """Whether the gradient of a layer's weights can be asked for on a CPU where channels are last.
 
-    oneDNN's kernel for AVX2 does so for 1x1 kernels that stride over images of fewer channels than it handles
-    at a time (its issue 6035); seen with PyTorch 2.15. Pruned residual networks have such shortcuts.
+    For 1x1 kernels that stride over images of fewer channels than it handles at a time, oneDNN's kernel for
+    AVX2 writes the gradient past its memory (its issue 6035); seen with PyTorch 2.15. Pruned residual
+    networks have such shortcuts.
     """
-    strides = max(convolution.stride) > 1 and max(convolution.kernel_size) == 1
-    return strides and convolution.in_channels // convolution.groups < _CHANNELS_AT_A_TIME
+    if not isinstance(layer, nn.Conv2d) or max(layer.stride) == 1 or max(layer.kernel_size) > 1:
+        return True
+    return layer.in_channels // layer.groups >= _CHANNELS_AT_A_TIME
 
 
 def _is_indifferent(model: nn.Module, example: Tensor) -> bool:

@@ -25,6 +25,7 @@ from compress_search.calibration import warn_of_few_rows
 from compress_search.following import NOTHING_KNOWN, Following, Place, find_following, noting
 from compress_search.joint_refit import LONGEST, Example, Link, given_to_next, refit_together
 from compress_search.least_squares import PrimalRegression, Regression, regression_of
+from compress_search.memory_layout import has_safe_gradient
 from compress_search.patches import add_to_weights
 from compress_search.pausing import Notes, PausablePass, passes_keep_apart, pausing_after, pausing_before
 from compress_search.profile import inference_mode_of
@@ -257,9 +258,10 @@ def chains_of(model: nn.Module, refits: Sequence[Refit]) -> list[Sequence[Refit]
 
 
 def _can_be_chained(model: nn.Module, refit: Refit) -> bool:
-    weight = model.get_submodule(refit.layer).weight
+    layer = model.get_submodule(refit.layer)
+    weight = layer.weight
     full = isinstance(weight, nn.Parameter) and weight.dtype in (torch.float32, torch.float64)
-    return full and refit.layer == refit.source and refit.calls == 1
+    return full and refit.layer == refit.source and refit.calls == 1 and has_safe_gradient(layer)
 
 
 def _residual(model: nn.Module, layer: nn.Module, refit: Refit, visit: Visit) -> Tensor:

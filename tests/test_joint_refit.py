@@ -278,6 +278,13 @@ def test_half_precision_and_other_sources_are_left_to_least_squares():
     assert [len(chain) for chain in chains_of(model, refits)] == [1, 1, 1]
 
 
+def test_what_has_no_safe_gradient_is_left_to_least_squares():
+    model = Bottleneck()
+    refits = _refits(model, "ab")
+    model.b = nn.Conv2d(2, 2, 1, stride=2)
+    assert [len(chain) for chain in chains_of(model, refits)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("memory", [2**27, 3 * 16 * 4 * 8 * 6 * 6 * 4])
 def test_a_pruned_block_puts_out_more_of_what_it_did(memory, monkeypatch):
     monkeypatch.setattr("compress_search.reconstruction._CHAIN_BYTES", memory)
