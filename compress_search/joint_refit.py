@@ -26,7 +26,7 @@ from compress_search.following import Following
 logger = logging.getLogger("compress_search")
 
 LONGEST = 4
-"""At most so many layers are refitted together: a bottleneck has as many when its middle one was factorised."""
+"""So many layers at most are refitted together: a bottleneck has as many when one of them was factorised."""
 
 _ROUNDS = 4
 """How often each example is looked at. On ResNet-20 pruned to 0.438 of its MACs with 1,024 images, one round
