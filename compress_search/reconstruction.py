@@ -524,8 +524,8 @@ class WaitAndGoOn:
             hooks.enter_context(pausing_after(original.get_submodule(refit.source)))
             for theirs, ours in zip(*self._sides, strict=True):
                 wanted = self._go_on(theirs)
-                waits = leading and ours.before is not None and ours.before[0] == first
-                start = ours.before[1] if waits and ours.before is not None else self._go_on(ours)
+                held = ours.before if leading else None
+                start = held[1] if held is not None and held[0] == first else self._go_on(ours)
                 beside = _taken(refit, ours.notes, theirs.notes)
                 if wanted is not None and start is not None:
                     inputs = given_to_next(model, links, start)
@@ -534,7 +534,7 @@ class WaitAndGoOn:
                     yield Visit(ours.number, share, inputs, layer(inputs), wanted, beside, start)
                     del inputs
                 # Nothing here may outlive the pass that it belongs to.
-                del wanted, start, beside
+                del wanted, held, start, beside
                 self._wait(theirs, self._after.get(refit.source))
                 self._wait(ours, self._before.get(first))
 

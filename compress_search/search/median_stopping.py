@@ -6,15 +6,15 @@ evaluation so far is compared, in place of the mean of all, since the best epoch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
-from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from compress_search.results import StageResult
 from compress_search.search.history import STAGES, is_finalist
-from compress_search.target import Interval, Target, band_of, excess
+from compress_search.target import Target, excess
 
 LEAST_RIVALS = 4
 """With fewer trials to compare with none is stopped."""
@@ -45,11 +45,13 @@ def why_behind(
     done = len(curve) - 1
     if done >= epochs:
         return None
-    reach = (0.0, mac_ratio) if isinstance(target, tuple) else band_of(target, tolerance)
+    most = mac_ratio if isinstance(target, tuple) else math.inf
     rivals = [
-        max(rival[: done + 1])
-        for rival in _curves(trials, reach, target, tolerance)
-        if len(rival) == epochs + 1
+        max(last.learning_curve[: done + 1])
+        for last in _last_stages(trials)
+        if len(last.learning_curve) == epochs + 1
+        and last.mac_ratio <= most
+        and excess(last.mac_ratio, target, tolerance) <= 0
     ]
     if len(rivals) < LEAST_RIVALS:
         return None
@@ -63,17 +65,9 @@ def why_behind(
     )
 
 
-def _curves(
-    trials: Iterable[FrozenTrial], reach: Interval, target: Target, tolerance: float
-) -> Iterator[tuple[float, ...]]:
-    """The learning curves of the last fine-tunings of feasible trials whose MAC ratios lie within reach."""
-    low, high = reach
+def _last_stages(trials: Iterable[FrozenTrial]) -> Iterator[StageResult]:
+    """What the complete trials ended with, finalists left out."""
     for trial in trials:
-        if trial.state != TrialState.COMPLETE or is_finalist(trial):
-            continue
-        stages: Sequence[dict[str, Any]] = trial.user_attrs.get(STAGES, ())
-        if not stages:
-            continue
-        last = StageResult.from_dict(stages[-1])
-        if low <= last.mac_ratio <= high and excess(last.mac_ratio, target, tolerance) <= 0:
-            yield last.learning_curve
+        stages = trial.user_attrs.get(STAGES)
+        if trial.state == TrialState.COMPLETE and not is_finalist(trial) and stages:
+            yield StageResult.from_dict(stages[-1])

@@ -90,10 +90,9 @@ def fine_tune(
     )
     run.begin()
     with progress.bar("epochs", settings.epochs, done=run.epoch) as advance:
-        while run.epoch < settings.epochs:
+        while True:
             if run.epoch and after_epoch is not None:
                 after_epoch(run.learning_curve[: run.epoch + 1])
+            if run.epoch == settings.epochs:
+                return run.finish()
             advance(run.run_epoch())
-    if after_epoch is not None:
-        after_epoch(run.learning_curve)
-    return run.finish()
