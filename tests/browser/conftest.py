@@ -49,20 +49,37 @@ class Visit:
         self.page.screenshot(path=self._pictures / f"{name}.png", full_page=whole)
 
     def wait_for_figures(self, selector):
-        """Wait until all figures that the page has places for are drawn."""
-        drawn = """(at) => {
-            const all = [...document.querySelectorAll(at)];
-            return all.length > 0 && all.every((figure) => figure._fullLayout?._size);
-        }"""
-        self.page.wait_for_function(drawn, arg=selector)
+        """Go to every figure that the page has a place for, wait until it is drawn, and go back."""
+        figures = self.page.locator(selector)
+        figures.first.wait_for()
+        for number in range(figures.count()):
+            figures.nth(number).scroll_into_view_if_needed()
+            self.wait_for_figure(selector, number)
+        self.page.evaluate("scrollTo(0, 0)")
         return self
+
+    def wait_for_figure(self, selector, number=0):
+        """Wait until one figure is drawn."""
+        drawn = "([at, number]) => document.querySelectorAll(at)[number]?._fullLayout?._size !== undefined"
+        self.page.wait_for_function(drawn, arg=[selector, number])
+        return self
+
+    def drawn_figures(self):
+        """How many figures are drawn."""
+        return self.page.evaluate(
+            """[...document.querySelectorAll(".js-plotly-plot")].filter(
+                (figure) => figure._fullLayout?._size !== undefined).length"""
+        )
 
     def look(self, *, scheme, width):
         """Change the colours that the reader likes, and the width of the window."""
         self.page.emulate_media(color_scheme=scheme)
         self.page.set_viewport_size({"width": width, "height": 900})
-        # Plotly waits a tenth of a second before it draws again.
+        # Plotly waits a tenth of a second before it draws again, and then takes as long as the machine lets it.
         self.page.wait_for_timeout(500)
+        self.page.wait_for_function("""() => [...document.querySelectorAll(".js-plotly-plot .main-svg")].every(
+            (drawing) => drawing.getBoundingClientRect().width
+                <= drawing.closest(".js-plotly-plot").getBoundingClientRect().width + 1)""")
 
     def figure(self, selector):
         """Return a figure's traces as plotly has them: of each its fields that matter here."""

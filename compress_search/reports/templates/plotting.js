@@ -1,22 +1,39 @@
-// Draws every figure of the page, for its width and its colours, and again when these change.
+// Draws each figure of the page when its reader comes near it, for its width and its colours, and again when these
+// change. Those that nobody scrolls to cost nothing; a print has them all.
 const dark = matchMedia("(prefers-color-scheme: dark)"), narrow = matchMedia("(max-width: 720px)");
-const figures = [...document.querySelectorAll("[data-figure]")].map(
-  (place) => [place, JSON.parse(document.getElementById(`${place.id}-data`).textContent)]);
+const figures = new Map([...document.querySelectorAll("[data-figure]")].map(
+  (place) => [place, JSON.parse(document.getElementById(`${place.id}-data`).textContent)]));
+const drawn = new Set();
 // Plotly's toolbar offers by default to send the figure to a server; a study is nobody else's business.
 const config = {
   responsive: true, displaylogo: false, showSendToCloud: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
 };
-const draw = () => {
-  for (const [place, { data, layouts }] of figures) {
-    const layout = layouts[narrow.matches ? "narrow" : "wide"][dark.matches ? "dark" : "light"];
-    // When the window is resized, Plotly takes the height from the place, not from the layout any more.
-    place.style.height = `${layout.height}px`;
-    Plotly.react(place, data, structuredClone(layout), config);
-  }
+const layoutOf = (place) =>
+  figures.get(place).layouts[narrow.matches ? "narrow" : "wide"][dark.matches ? "dark" : "light"];
+// Also of what is not drawn yet: the page does not move under its reader. And when the window is resized, Plotly takes
+// the height from the place, not from the layout any more.
+const takePlaces = () => {
+  for (const place of figures.keys()) place.style.height = `${layoutOf(place).height}px`;
 };
-dark.addEventListener("change", draw);
-narrow.addEventListener("change", draw);
-draw();
+const draw = (place) => {
+  near.unobserve(place);
+  drawn.add(place);
+  Plotly.react(place, figures.get(place).data, structuredClone(layoutOf(place)), config);
+};
+const near = new IntersectionObserver((places) => {
+  for (const { target, isIntersecting } of places) if (isIntersecting) draw(target);
+}, { rootMargin: "50%" });
+const look = () => {
+  takePlaces();
+  drawn.forEach(draw);
+};
+dark.addEventListener("change", look);
+narrow.addEventListener("change", look);
+addEventListener("beforeprint", () => {
+  for (const place of figures.keys()) if (!drawn.has(place)) draw(place);
+});
+takePlaces();
+for (const place of figures.keys()) near.observe(place);
 
 // Reads the page again every so many seconds, and goes on where its reader was.
 const followStudy = (seconds) => {
