@@ -316,7 +316,9 @@ class _KeptExamples:
         self.examples: list[Example] = []
         self._model = model
         self._refit = refit
-        self._bytes = 0
+        # Room for those to judge by is not taken by those that come before them.
+        held_out = _CHAIN_BYTES // _HELD_OUT
+        self._room = {True: held_out, False: _CHAIN_BYTES - held_out}
 
     def add(self, visit: Visit) -> None:
         """Keep a visit, if there is room for it."""
@@ -324,15 +326,23 @@ class _KeptExamples:
         if (visit.beside is None) != (refit.following.other is None):
             return
         beside, other = (None, None) if visit.beside is None else visit.beside
-        tensors = {t.data_ptr(): t for t in (visit.start, visit.outputs, beside) if t is not None}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if self._bytes + size > _CHAIN_BYTES:
-            return
-        self._bytes += size
-        other = None if other is None else _kept(layer, other, refit.outputs)
-        wanted = refit.following.after(self._model, _kept(layer, visit.wanted, refit.outputs), other)
         assert visit.start is not None
-        self.examples.append(Example(visit.start, refit.following.clamped(wanted), beside, visit.is_held_out))
+        start, outputs, wanted = visit.start, visit.outputs, visit.wanted
+        tensors = {t.data_ptr(): t for t in (start, outputs, beside) if t is not None}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        fitting = self._room[visit.is_held_out] * len(outputs) // max(size, 1)
+        if fitting < len(outputs):
+            if fitting == 0:
+                return
+            size = size * fitting // len(outputs)
+            # Copies: a view would keep all of the tensor in memory.
+            start, wanted = start[:fitting].clone(), wanted[:fitting].clone()
+            beside = None if beside is None else beside[:fitting].clone()
+            other = None if other is None else other[:fitting]
+        self._room[visit.is_held_out] -= size
+        other = None if other is None else _kept(layer, other, refit.outputs)
+        wanted = refit.following.after(self._model, _kept(layer, wanted, refit.outputs), other)
+        self.examples.append(Example(start, refit.following.clamped(wanted), beside, visit.is_held_out))
 
 
 def _refine(

@@ -306,6 +306,33 @@ def test_a_pruned_block_puts_out_more_of_what_it_did(memory, monkeypatch):
     assert errors[1] < 0.95 * errors[0]
 
 
+@pytest.mark.parametrize(
+    ("examples", "counts"),
+    [(1000, [16, 16, 16, 16]), (64, [16, 16, 16, 16]), (40, [16, 14, 10]), (16, [12, 4]), (1, [])],
+)
+def test_as_many_examples_are_kept_as_there_is_room_for(examples, counts, monkeypatch):
+    # Each takes 4 * (3 * 5 * 5 + 3 * 5 * 5) bytes. A quarter of the room is for the batch that is held out.
+    monkeypatch.setattr("compress_search.reconstruction._CHAIN_BYTES", examples * 600)
+    seen = []
+    monkeypatch.setattr("compress_search.reconstruction.refit_together", lambda *given: seen.append(given))
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)).eval()
+    data = [torch.randn(16, 3, 5, 5) for _ in range(4)]
+    METHODS["channel_pruning"].analyse(original, data[0][:1]).apply({"0": 2}, data)
+    ((_, links, kept),) = seen
+    # The first layer that lost outputs is among them, though its own inputs are what they were.
+    assert [link.layer for link in links] == ["0", "2"]
+    assert [len(example.inputs) for example in kept] == counts
+    places = [0, 1, 2, 3] if len(kept) == 4 else [0, 1, 3] if len(kept) == 3 else [0, 3]
+    assert [example.held_out for example in kept] == [place == 3 for place in places][: len(kept)]
+    with torch.no_grad():
+        for example, place in zip(kept, places, strict=False):
+            count, batch = len(example.inputs), data[place]
+            assert torch.equal(example.inputs, batch[:count])
+            torch.testing.assert_close(example.wanted, original(batch)[:count])
+            assert example.inputs.untyped_storage().nbytes() in (count * 300, 16 * 300)
+
+
 def test_without_pruned_outputs_least_squares_alone_is_at_work(monkeypatch):
     monkeypatch.setattr("compress_search.reconstruction.refit_together", lambda *_: pytest.fail("not asked"))
     torch.manual_seed(0)

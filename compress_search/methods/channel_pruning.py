@@ -255,10 +255,15 @@ class ChannelPruningAnalysis:
         return widths
 
     def _refits(self, groups: Sequence[CoupledGroup], edits: Sequence[KeepChannels]) -> list[Refit]:
-        """The first consumer and all layers after it: consumers lost inputs, the others get changed ones."""
+        """The first layer that lost outputs or inputs, and all after it, which get changed inputs.
+
+        The first one's own inputs are the original's: it is among them because it may be refitted together
+        with the layers that it leads to.
+        """
         consumers = {member.layer for group in groups for member in group.consumers}
         outputs = {edit.layer: edit.outputs for edit in edits}
-        layers = itertools.dropwhile(lambda layer: layer.name not in consumers, self.profile.layers)
+        changed = consumers | {edit.layer for edit in edits if edit.outputs is not None}
+        layers = itertools.dropwhile(lambda layer: layer.name not in changed, self.profile.layers)
         return [
             Refit(layer.name, source=layer.name, outputs=outputs.get(layer.name), calls=len(layer.calls))
             for layer in layers
