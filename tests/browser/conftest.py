@@ -77,9 +77,11 @@ class Visit:
         self.page.set_viewport_size({"width": width, "height": 900})
         # Plotly waits a tenth of a second before it draws again; then it takes what the machine lets it have.
         self.page.wait_for_timeout(500)
-        self.page.wait_for_function("""() => [...document.querySelectorAll(".js-plotly-plot")].every((figure) =>
-            [...figure.querySelectorAll(".main-svg")].every((drawing) =>
-                drawing.getBoundingClientRect().width <= figure.getBoundingClientRect().width + 1))""")
+        self.page.wait_for_function("""() => {
+            const width = (part) => part.getBoundingClientRect().width;
+            return [...document.querySelectorAll(".js-plotly-plot")].every((figure) =>
+                [...figure.querySelectorAll(".main-svg")].every((part) => width(part) <= width(figure) + 1));
+        }""")
 
     def figure(self, selector):
         """Return a figure's traces as plotly has them: of each its fields that matter here."""
