@@ -90,6 +90,28 @@ def test_each_tool_is_run_at_each_share_and_seed_with_the_macs_that_aimet_left(f
         assert budgets[f"tune field-0.33-{tool}-seed1"] == 0
 
 
+def test_spatial_svd_alone_and_fewer_tools(field, bench):
+    bench, asked = bench
+    rows = field.run(
+        bench,
+        "resnet20",
+        [0.5],
+        [0],
+        plan="spatial_svd",
+        tools=["compress_search"],
+        tunings=1,
+        table=False,
+        written=lambda rows: None,
+    )
+    name = "field-0.5-spatial_svd-compress_search-seed0"
+    # AIMET's is compressed, as its MACs are the measure, but not fine-tuned.
+    assert asked == [("field-0.5-spatial_svd-aimet-seed0", None), (name, 370), (f"tune {name}", 0)]
+    assert [len(row.tuned) for row in rows] == [0, 1]
+    aimet, ours, _ = field.cases_of("resnet20", 0.5, 0, plan="spatial_svd")
+    assert [(step.method, step.mac_ratio) for step in ours.steps] == [("spatial_svd", 0.5)]
+    assert ours.steps == aimet.steps
+
+
 def test_what_is_there_is_not_run_again(field, bench):
     bench, asked = bench
     first = run(field, bench)

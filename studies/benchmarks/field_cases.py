@@ -17,25 +17,32 @@ TORCH_PRUNING_SETTINGS = {"importance": "magnitude", "batchnorm": True}
 """As in its benchmarks; but without new statistics of BatchNorm nothing is left of the accuracy."""
 
 
-def cases_of(network: str, ratio: float, seed: int) -> tuple[Case, ...]:
+PLANS = ("both", "spatial_svd")
+"""What AIMET and ours may do: spatial SVD and then channel pruning, or all of it by spatial SVD."""
+
+
+def cases_of(network: str, ratio: float, seed: int, *, plan: str = "both") -> tuple[Case, ...]:
     """AIMET, and then the others, who may spend as many MACs as AIMET's network has.
 
     Args:
         network: Name of the network.
         ratio: A key of :data:`SPLITS`.
         seed: Of what is random in a tool. Ours takes other images from another seed.
+        plan: One of :data:`PLANS`.
     """
     svd, pruning = SPLITS[ratio]
     both = (Step("spatial_svd", svd), Step("channel_pruning", pruning))
-    aimet = f"field-{ratio}-{AIMET}-seed{seed}"
+    steps = both if plan == "both" else (Step("spatial_svd", ratio),)
+    name = f"field-{ratio}" if plan == "both" else f"field-{ratio}-{plan}"
+    aimet = f"{name}-{AIMET}-seed{seed}"
     others = (
-        (COMPRESS_SEARCH, both, OUR_SETTINGS),
+        (COMPRESS_SEARCH, steps, OUR_SETTINGS),
         (TORCH_PRUNING, (Step("channel_pruning", ratio),), TORCH_PRUNING_SETTINGS),
     )
     return (
-        Case(aimet, AIMET, network, both, AIMET_SETTINGS, seed=seed),
+        Case(aimet, AIMET, network, steps, AIMET_SETTINGS, seed=seed),
         *(
-            Case(f"field-{ratio}-{tool}-seed{seed}", tool, network, steps, settings, rival=aimet, seed=seed)
+            Case(f"{name}-{tool}-seed{seed}", tool, network, steps, settings, rival=aimet, seed=seed)
             for tool, steps, settings in others
         ),
     )
