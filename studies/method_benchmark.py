@@ -124,9 +124,8 @@ def reconstructed(
     pruning: ChannelPruningAnalysis, pruned: Compressed, calibration: Sequence[Tensor]
 ) -> nn.Module:
     """Reconstruct a network that was pruned without data just as the method does when it has data."""
-    consumers = {member.layer for group in pruning.coupling.groups for member in group.consumers}
     outputs = {e.layer: e.outputs for e in pruned.step.edits if isinstance(e, KeepChannels)}
-    layers = itertools.dropwhile(lambda layer: layer.name not in consumers, pruning.profile.layers)
+    layers = itertools.dropwhile(lambda layer: layer.name not in outputs, pruning.profile.layers)
     refits = [Refit(layer.name, source=layer.name, outputs=outputs.get(layer.name)) for layer in layers]
     model = copy.deepcopy(pruned.model)
     refit_in_forward_order(model, pruning.model, refits, calibration)

@@ -262,8 +262,7 @@ class ChannelPruningAnalysis:
         """
         consumers = {member.layer for group in groups for member in group.consumers}
         outputs = {edit.layer: edit.outputs for edit in edits}
-        changed = consumers | {edit.layer for edit in edits if edit.outputs is not None}
-        layers = itertools.dropwhile(lambda layer: layer.name not in changed, self.profile.layers)
+        layers = itertools.dropwhile(lambda layer: layer.name not in outputs, self.profile.layers)
         return [
             Refit(layer.name, source=layer.name, outputs=outputs.get(layer.name), calls=len(layer.calls))
             for layer in layers
