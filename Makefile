@@ -8,6 +8,9 @@ INSTALLED := .venv/.installed
 # Idle OpenMP threads that spin take the cores from the ones that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# One test process a core, up to four: each computes on one thread, and may hold 2 GB. Other: make test PARALLEL="-n 2"
+PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
+
 .PHONY: demo test test-slow browser lint format docs clean
 .DEFAULT_GOAL := test
 
@@ -15,10 +18,12 @@ demo: $(INSTALLED)
 	$(BIN)/compress-search run configs/digits.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
+# Those in a browser one after the other: some of them measure its processor time.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --timeout 1800
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(PARALLEL) --ignore tests/browser
+	$(BIN)/python -m pytest -m slow --timeout 1800 tests/browser
 
 # What tests/browser look at the pages with: Debian's Chromium, and playwright to drive it. Without, they skip.
 browser: $(INSTALLED)
