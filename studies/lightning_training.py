@@ -3,7 +3,8 @@
 Launch it with ``python studies/lightning_training.py``; it needs ``pip install lightning``.
 
 The whole contract is ``training(model, job)``, given as ``Task(training=...)``. It changes the weights of
-``model`` in place, and nothing else; what it returns is not looked at. ``job`` says what to do:
+``model``, which it is given in training mode, in place, and nothing else; what it returns is not looked at.
+``job`` says what to do:
 
 =====================  ===================================================================================
 ``job.settings``       ``epochs``, ``lr`` and the others of ``fine_tune``, as the search chose them;
@@ -15,6 +16,8 @@ The whole contract is ``training(model, job)``, given as ``Task(training=...)``.
 ``job.folder``         keep checkpoints here: a killed job finds them again; removed when the stage is stored
 ``job.progress``       ``job.progress.bar("epochs", n)`` for a bar and the log
 ``job.stop_requested`` true after Ctrl-C: leave a checkpoint, and raise ``KeyboardInterrupt``
+``job.epoch_done``     ``epoch_done(epoch, accuracy)``, from epoch 1 on, if you want learning curves. It
+                       raises an exception, for you to let pass, where ``median_stopping`` gives up a trial
 =====================  ===================================================================================
 
 Stages are still stored and shared; the model is evaluated before and after, and a worse one is not kept. The
@@ -58,6 +61,19 @@ class Student(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self._job.settings.lr)
 
 
+class TellEpochs(Callback):
+    """Tells the study how good the model is after each epoch."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, student: lightning.LightningModule) -> None:
+        """Look at the validation data, and tell."""
+        assert isinstance(student, Student)
+        self._job.epoch_done(trainer.current_epoch + 1, self._job.task.score(student.model.eval()))
+        student.model.train()
+
+
 class StopOnRequest(Callback):
     """Passes Ctrl-C on, once the step is done and a checkpoint is there."""
 
@@ -79,7 +95,7 @@ def train_with_lightning(model: nn.Module, job: TrainingJob) -> None:
         default_root_dir=job.folder,
         accelerator="gpu" if job.device.type == "cuda" else "cpu",
         devices=1,
-        callbacks=[ModelCheckpoint(job.folder, save_last=True), StopOnRequest(job)],
+        callbacks=[TellEpochs(job), ModelCheckpoint(job.folder, save_last=True), StopOnRequest(job)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

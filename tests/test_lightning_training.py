@@ -39,21 +39,25 @@ def train(tiny_task, tiny_net, tmp_path, monkeypatch):
         model = tiny_net()
         settings = FineTune(epochs=4, lr=5e-3)
         trained = trainer.train(model, tiny_net(seed=1), settings, "0123456789abcdef", "fedcba")
-        return model, trained.accuracy, task
+        return model, trained, task
 
     yield run
     sys.modules.pop("lightning_training", None)
 
 
 def test_it_learns(train, tiny_net):
-    model, score, task = train("whole")
-    assert score == task.score(model) > task.score(tiny_net())
+    model, trained, task = train("whole")
+    assert trained.accuracy == task.score(model) > task.score(tiny_net())
+    assert len(trained.learning_curve) == 1 + 4
+    assert trained.learning_curve[0] == task.score(tiny_net())
+    assert trained.learning_curve[-1] == trained.accuracy
 
 
 def test_stopped_at_the_end_of_an_epoch_it_goes_on_there(train, stop_at):
-    whole, *_ = train("whole")
+    whole, undisturbed, _ = train("whole")
     with pytest.raises(KeyboardInterrupt):
         train("stopped", stop=stop_at(7))
-    model, *_ = train("stopped")
+    model, resumed, _ = train("stopped")
+    assert resumed.learning_curve == pytest.approx(undisturbed.learning_curve)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor)

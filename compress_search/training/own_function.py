@@ -1,13 +1,16 @@
 """Training by a function of the user's own, in place of the package's.
 
-The contract is one call: ``training(model, job)`` changes the weights of ``model`` in place. Any framework
-will do; ``studies/lightning_training.py`` does it with Lightning. What surrounds the call stays as it is: the
-stage is stored under the hash of everything that made it, reused by other trials, and evaluated by the task.
+The contract is one call: ``training(model, job)`` changes the weights of ``model``, which it is given in
+training mode, in place. Any framework will do; ``studies/lightning_training.py`` does it with Lightning. What
+surrounds the call stays as it is: the stage is stored under the hash of everything that made it, reused by
+other trials, and evaluated by the task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,10 @@ from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.stopping import StopSwitch
 from compress_search.task import Task
+from compress_search.training.trained import Trained
+from compress_search.workspace import write_json_atomically
+
+_CURVE = "learning_curve.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +43,15 @@ class TrainingJob:
             has of its own.
         device: Where the model is, and has to be in the end.
         folder: A folder for checkpoints, empty at first, which the same job finds again after it was killed.
-            It is removed when the stage is stored.
+            It is removed when the stage is stored. ``learning_curve.json`` in it is the package's.
         progress: ``progress.bar("epochs", n)`` draws a bar and writes to the log; ``progress.say(text)``.
         stop_requested: Whether Ctrl-C was pressed or SIGTERM came. Ask after each step; if so, leave a
             checkpoint in ``folder`` and raise :class:`KeyboardInterrupt`. A second Ctrl-C raises it at once.
+        epoch_done: ``epoch_done(epoch, accuracy)`` tells, after each epoch, its number from 1 on and what
+            ``task.score(model)`` says then. Who calls it has a learning curve, and trials that
+            ``median_stopping`` can give up: it then raises an exception that the function must let pass.
+            Epochs that are trained again after a resume are told again; one that was not told counts as the
+            one before it.
     """
 
     original: nn.Module
@@ -50,6 +62,58 @@ class TrainingJob:
     folder: Path
     progress: Progress
     stop_requested: Callable[[], bool]
+    epoch_done: Callable[[int, float], None]
+
+
+class _LearningCurve:
+    """What a function tells of its epochs. It outlives the process, as the function's checkpoints do.
+
+    Args:
+        file: Where it is kept.
+        before: The accuracy before the first epoch.
+        epochs: How many there are to be.
+        after_epoch: Called with the curve so far; what it raises is kept as ``ended_by``.
+
+    Attributes:
+        ended_by: Why no further epoch is wanted, if so.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        before: float,
+        epochs: int,
+        after_epoch: Callable[[Sequence[float]], None] | None,
+    ) -> None:
+        self._file, self._epochs, self._after_epoch = file, epochs, after_epoch
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        self._curve: list[float] = [before, *known]
+        self.ended_by: Exception | None = None
+
+    def epoch_done(self, epoch: int, accuracy: float) -> None:
+        """Note the accuracy after an epoch; it replaces what was told of it and of later ones."""
+        if not 1 <= epoch <= self._epochs:
+            raise ValueError(
+                f"epoch_done({epoch}, {accuracy!r}): epochs are counted from 1 to settings.epochs, which is "
+                f"{self._epochs}."
+            )
+        if not math.isfinite(accuracy):
+            raise ValueError(f"epoch_done({epoch}, {accuracy!r}): the accuracy must be a finite number.")
+        # Killed after its checkpoint and before it told of the epoch, a function goes on with the next one.
+        untold = [self._curve[-1]] * (epoch - len(self._curve))
+        self._curve[epoch:] = [*untold, float(accuracy)]
+        write_json_atomically(self._file, self._curve[1:])
+        if self._after_epoch is not None:
+            try:
+                self._after_epoch(self._curve)
+            except Exception as error:
+                self.ended_by = error
+                raise
+
+    @property
+    def told(self) -> tuple[float, ...]:
+        """The accuracy before the first epoch and after each; empty where no epoch was told."""
+        return tuple(self._curve) if len(self._curve) > 1 else ()
 
 
 def train_by(
@@ -62,7 +126,8 @@ def train_by(
     progress: Progress,
     folder: Path,
     stop: StopSwitch,
-) -> float:
+    after_epoch: Callable[[Sequence[float]], None] | None = None,
+) -> Trained:
     """Call the task's training function, and keep what came of it if it is no worse.
 
     Args:
@@ -74,9 +139,11 @@ def train_by(
         progress: Where to show it.
         folder: For the function's checkpoints.
         stop: Says when to stop.
+        after_epoch: Called with the learning curve when the function tells of an epoch. What it raises ends
+            the training, and is raised here whatever the function makes of it.
 
     Returns:
-        What ``task.score(model)`` says of the weights that were kept.
+        What ``task.score(model)`` says of the weights that were kept, and the epochs that were told.
 
     Raises:
         TrainingError: The function raised, or left the model with other tensors than it was given, on another
@@ -86,10 +153,11 @@ def train_by(
     assert task.training is not None
     before = task.score(model.eval())
     if settings.epochs == 0:
-        return before
+        return Trained(before)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     device = next(model.parameters()).device
     folder.mkdir(parents=True, exist_ok=True)
+    curve = _LearningCurve(folder / _CURVE, before, settings.epochs, after_epoch)
     job = TrainingJob(
         original=original,
         task=task,
@@ -99,13 +167,18 @@ def train_by(
         folder=folder,
         progress=progress,
         stop_requested=lambda: stop.requested,
+        epoch_done=curve.epoch_done,
     )
     name = getattr(task.training, "__name__", type(task.training).__name__)
     with seeded(seed, task.train), stop.finishing():
         try:
-            task.training(model, job)
+            task.training(model.train(), job)
         except Exception as error:
+            if curve.ended_by is not None:
+                raise curve.ended_by from None
             raise TrainingError(f"Task.training ({name}) raised {type(error).__name__}: {error}") from error
+    if curve.ended_by is not None:
+        raise curve.ended_by
     if fault := _fault_of(model.state_dict(), state, device):
         raise TrainingError(
             f"Task.training ({name}) {fault}. It is to change the weights of "
@@ -117,8 +190,8 @@ def train_by(
         progress.say(
             f"{name} made the model worse ({before:.4f} before, {after:.4f} after): it is left as it was."
         )
-        return before
-    return after
+        return Trained(before, curve.told)
+    return Trained(after, curve.told)
 
 
 def _fault_of(state: dict[str, Tensor], before: dict[str, Tensor], device: torch.device) -> str | None:

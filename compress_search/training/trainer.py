@@ -60,8 +60,8 @@ class Trainer:
                 names the checkpoints.
             lesson: The hash of the original, the training data, and what tells this pass through them from
                 others; it is the seed of the data, and names what the original says of them.
-            after_epoch: See :func:`compress_search.training.fine_tuning.fine_tune`; a training function of
-                the task's own does not call it.
+            after_epoch: See :func:`compress_search.training.fine_tuning.fine_tune`; with a training function
+                of the task's own it is called when that tells of an epoch.
 
         Returns:
             What ``task.score(model)`` says of the weights that were kept, and how it came to that.
@@ -72,7 +72,7 @@ class Trainer:
         """
         folder, seed = self.workspace.checkpoints / key, int(key[:8], 16)
         if self.task.training is not None:
-            accuracy = train_by(
+            return train_by(
                 model,
                 original,
                 self.task,
@@ -81,8 +81,8 @@ class Trainer:
                 progress=self.progress,
                 folder=folder,
                 stop=self.stop,
+                after_epoch=after_epoch,
             )
-            return Trained(accuracy)
         return fine_tune(
             model,
             original,

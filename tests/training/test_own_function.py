@@ -18,14 +18,19 @@ from compress_search.workspace import Workspace
 
 @pytest.fixture
 def train(tiny_task, tiny_net, tmp_path):
-    def run(training, settings=None, **changes):
+    def run(training, settings=None, *, after_epoch=None, curve=(), **changes):
         task = tiny_task(training=training, **changes)
         model = tiny_net()
         trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
         done = trainer.train(
-            model, tiny_net(seed=1), settings or FineTune(epochs=2), "0123456789abcdef", "fedcba"
+            model,
+            tiny_net(seed=1),
+            settings or FineTune(epochs=2),
+            "0123456789abcdef",
+            "fedcba",
+            after_epoch=after_epoch,
         )
-        assert done.learning_curve == ()
+        assert done.learning_curve == curve
         return model, done.accuracy, trainer
 
     return run
@@ -52,6 +57,7 @@ def test_it_is_seeded_and_told_everything(train, tmp_path, tiny_net):
     jobs, drawn = [], []
 
     def training(model, job):
+        assert all(module.training for module in model.modules())
         jobs.append(job)
         drawn.append(torch.rand(()).item())
         (job.folder / "mine.txt").write_text("kept")
@@ -105,6 +111,70 @@ def exploding(model, job):
 def test_what_it_does_wrong_is_told(train, training, words):
     with pytest.raises(TrainingError, match=words):
         train(training)
+
+
+def telling(*told):
+    """Trains nothing, and tells these epochs."""
+
+    def training(model, job):
+        for epoch, accuracy in told:
+            job.epoch_done(epoch, accuracy)
+
+    return training
+
+
+@pytest.fixture
+def before(tiny_task):
+    task = tiny_task()
+    return task.score(task.build_model().eval())
+
+
+def test_epochs_that_are_told_are_its_learning_curve(train, before):
+    seen = []
+    train(
+        telling((1, 0.5), (2, 0.75)),
+        curve=(before, 0.5, 0.75),
+        after_epoch=lambda curve: seen.append(tuple(curve)),
+    )
+    assert seen == [(before, 0.5), (before, 0.5, 0.75)]
+
+
+def test_a_curve_goes_on_where_the_function_was_stopped(train, before):
+    def stopped(model, job):
+        job.epoch_done(1, 0.5)
+        job.epoch_done(2, 0.6)
+        raise KeyboardInterrupt
+
+    settings = FineTune(epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, settings)
+    # It goes on from the checkpoint of the first epoch; the third is not told.
+    train(telling((2, 0.7), (4, 0.9)), settings, curve=(before, 0.5, 0.7, 0.7, 0.9))
+
+
+@pytest.mark.parametrize("told", [(0, 0.5), (3, 0.5), (1, float("nan"))])
+def test_what_cannot_be_an_epoch_is_told(train, told):
+    with pytest.raises(TrainingError, match=rf"epoch_done\({told[0]}, {told[1]}\): "):
+        train(telling(told))
+
+
+@pytest.mark.parametrize("swallows", [True, False])
+def test_what_ends_it_is_raised_whatever_it_makes_of_that(train, swallows):
+    class EnoughError(Exception):
+        pass
+
+    def enough(curve):
+        raise EnoughError
+
+    def training(model, job):
+        try:
+            job.epoch_done(1, 0.5)
+        except EnoughError as error:
+            if not swallows:
+                raise RuntimeError("wrapped") from error
+
+    with pytest.raises(EnoughError):
+        train(training, after_epoch=enough)
 
 
 def test_no_epochs_do_not_call_it(train):
