@@ -321,7 +321,7 @@ class _KeptExamples:
         self._room = {True: held_out, False: _CHAIN_BYTES - held_out}
 
     def add(self, visit: Visit) -> None:
-        """Keep a visit, if there is room for it."""
+        """Keep as many examples of a visit as there is room for."""
         layer, refit = self._model.get_submodule(self._refit.layer), self._refit
         if (visit.beside is None) != (refit.following.other is None):
             return

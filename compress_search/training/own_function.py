@@ -86,8 +86,7 @@ class _LearningCurve:
         after_epoch: Callable[[Sequence[float]], None] | None,
     ) -> None:
         self._file, self._epochs, self._after_epoch = file, epochs, after_epoch
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        self._curve: list[float] = [before, *known]
+        self._curve = [before, *_stored_curve(file)]
         self.ended_by: Exception | None = None
 
     def epoch_done(self, epoch: int, accuracy: float) -> None:
@@ -114,6 +113,14 @@ class _LearningCurve:
     def told(self) -> tuple[float, ...]:
         """The accuracy before the first epoch and after each; empty where no epoch was told."""
         return tuple(self._curve) if len(self._curve) > 1 else ()
+
+
+def _stored_curve(file: Path) -> list[float]:
+    """What was told before the process was killed; nothing if that cannot be read."""
+    try:
+        return [float(accuracy) for accuracy in json.loads(file.read_text(encoding="utf-8"))]
+    except (FileNotFoundError, ValueError, TypeError):
+        return []
 
 
 def train_by(

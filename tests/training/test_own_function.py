@@ -152,6 +152,14 @@ def test_a_curve_goes_on_where_the_function_was_stopped(train, before):
     train(telling((2, 0.7), (4, 0.9)), settings, curve=(before, 0.5, 0.7, 0.7, 0.9))
 
 
+@pytest.mark.parametrize("left", ["", "[0.5", '{"a": 1}', "7"])
+def test_a_curve_that_cannot_be_read_begins_anew(train, before, tmp_path, left):
+    folder = Workspace(tmp_path).checkpoints / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "learning_curve.json").write_text(left)
+    train(telling((1, 0.5), (2, 0.75)), curve=(before, 0.5, 0.75))
+
+
 @pytest.mark.parametrize("told", [(0, 0.5), (3, 0.5), (1, float("nan"))])
 def test_what_cannot_be_an_epoch_is_told(train, told):
     with pytest.raises(TrainingError, match=rf"epoch_done\({told[0]}, {told[1]}\): "):
