@@ -18,6 +18,7 @@ from compress_search.results import StageResult
 from compress_search.search.history import ANCHOR, FINALIST_OF, LEARNING_CURVE, RECIPE, STAGES, current_trials
 from compress_search.search.median_stopping import LEAST_RIVALS, why_behind
 from compress_search.search.space import enqueue_anchors
+from compress_search.search.study import create_study
 from compress_search.search.worker import run_trials
 from compress_search.stopping import StopSwitch
 
@@ -191,3 +192,30 @@ def test_interrupted_anywhere_the_same_trials_are_given_up(new_study, objective,
 def test_what_is_no_truth_value_is_refused(make_settings):
     with pytest.raises(ConfigError, match="median_stopping is 'yes'; it must be true or false"):
         make_settings(median_stopping="yes")
+
+
+def test_trials_of_a_training_function_that_tells_of_its_epochs_are_given_up(tiny_task, tmp_path):
+    calls = iter(range(100))
+
+    def training(model, job):
+        # Each time a little worse than the last.
+        job.epoch_done(1, 0.9 - 0.01 * next(calls))
+        job.epoch_done(2, 0.95)
+
+    task = tiny_task(training=training, evaluate=lambda *_: 0.1)
+    study = create_study(
+        "told",
+        task,
+        target=0.5,
+        workspace=tmp_path,
+        tolerance=0.1,
+        samples=8,
+        scoring_samples=8,
+        fine_tune=FineTune(epochs=2),
+        median_stopping=True,
+    )
+    study.optimize(8, progress=Progress(Console(file=io.StringIO())))
+    states = [candidate.state for candidate in study.candidates()]
+    assert states == ["complete"] * LEAST_RIVALS + ["pruned"] * 4
+    last = study.candidates()[-1]
+    assert len(last.learning_curve) == 2 and "after 1 of 2 epochs" in last.reason
