@@ -134,6 +134,20 @@ class Task:
             )
         return number
 
+    def standard_error(self, score: float) -> float:
+        """How much of a score is the luck of which examples it was taken on.
+
+        Args:
+            score: A score on the validation data.
+
+        Returns:
+            ``sqrt(score * (1 - score) / n)`` with ``n`` validation examples, the standard error of a share; 0
+            for an ``evaluate`` of your own, of which it is not known.
+        """
+        if self.evaluate is not accuracy:
+            return 0.0
+        return math.sqrt(max(score * (1 - score), 0.0) / max(_count_examples(self.validation), 1))
+
     def loss_on(self, device: torch.device) -> Loss:
         """The loss, with what it holds (class weights, for example) on ``device``."""
         return copy.deepcopy(self.loss).to(device) if isinstance(self.loss, nn.Module) else self.loss
@@ -237,6 +251,13 @@ def inputs_of(loader: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the input tensors of a loader's batches, whether it yields ``inputs`` or ``(inputs, ...)``."""
     for batch in loader:
         yield batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _count_examples(loader: Iterable[Any]) -> int:
+    try:
+        return len(loader.sampler)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        return sum(len(labels) for _, labels in loader)
 
 
 def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None]:

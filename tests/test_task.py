@@ -274,3 +274,19 @@ def test_inputs_are_the_first_of_each_batch():
     inputs = torch.zeros(2)
     found = list(inputs_of([inputs, (inputs, 1, 2), [inputs]]))
     assert [batch is inputs for batch in found] == [True] * 3
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_accuracy_has_the_standard_error_of_a_share(tiny_task, as_list):
+    task = tiny_task()
+    if as_list:
+        task = tiny_task(validation=list(task.validation))
+    # Of 32 images that are right with a chance of 0.75, drawn again and again.
+    generator = torch.Generator().manual_seed(0)
+    shares = (torch.rand(20_000, 32, generator=generator) < 0.75).double().mean(dim=1)
+    assert task.standard_error(0.75) == pytest.approx(float(shares.std()), rel=0.02)
+    assert task.standard_error(1.0) == task.standard_error(0.0) == 0
+
+
+def test_of_another_evaluation_no_standard_error_is_known(tiny_task):
+    assert tiny_task(evaluate=lambda *_: 0.75).standard_error(0.75) == 0

@@ -30,12 +30,14 @@ def fine_tune(
     stop: StopSwitch | None = None,
     after_epoch: Callable[[Sequence[float]], None] | None = None,
 ) -> Trained:
-    """Train a model in place, on the device where it lies, and leave it with its best weights.
+    """Train a model in place, on the device where it lies, and leave it with the weights of its best epoch.
 
     The model is evaluated before the first epoch and after each one. The weights and batch normalisation
-    statistics of the best evaluation are kept, those it came with included, so it never ends with a lower
-    score than it began with. Of equal evaluations the last one stays: it was trained the longest, at the
-    lowest learning rate.
+    statistics of the best evaluation are kept, those it came with included. Of equal evaluations the last one
+    stays, and the last of all also where it is less than a standard error below the best: it was trained the
+    longest, at the lowest learning rate, and what the other had on top may be the luck of its validation
+    images (the one standard error rule: Breiman, Friedman, Olshen and Stone 1984, *Classification and
+    regression trees*, section 3.4.3). See :meth:`compress_search.task.Task.standard_error`.
 
     Every epoch draws its random numbers from seeds of its own, and the data from a stream of its own. The
     same call therefore gives the same bits on a CPU, and on a GPU with deterministic algorithms; so does a

@@ -135,7 +135,7 @@ def train_by(
     stop: StopSwitch,
     after_epoch: Callable[[Sequence[float]], None] | None = None,
 ) -> Trained:
-    """Call the task's training function, and keep what came of it if it is no worse.
+    """Call the task's training function, and keep what came of it unless the model is clearly worse.
 
     Args:
         model: The model to train in place. It is left in evaluation mode.
@@ -192,7 +192,7 @@ def train_by(
             "the model in place, and nothing else."
         )
     after = task.score(model.eval())
-    if after < before:
+    if after < before - task.standard_error(before):
         model.load_state_dict(state)
         progress.say(
             f"{name} made the model worse ({before:.4f} before, {after:.4f} after): it is left as it was."

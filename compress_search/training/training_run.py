@@ -158,7 +158,7 @@ class TrainingRun:
         return f"accuracy {score:.4f}, loss {loss:.4f}"
 
     def finish(self) -> Trained:
-        """Leave the model with its best weights, in evaluation mode, and say how it went."""
+        """Leave the model with the weights that are kept, in evaluation mode, and say how it went."""
         self._model.to(memory_format=torch.contiguous_format)
         self._model.load_state_dict(self._best)
         self._model.eval()
@@ -167,7 +167,10 @@ class TrainingRun:
     def _evaluate(self, model: nn.Module, epoch: int) -> float:
         with seeded(_seed_of(self._seed, epoch), self._task.validation):
             score = self._task.score(model.eval())
-        if score >= self._best_score:
+            least = self._best_score
+            if epoch == self._settings.epochs:
+                least -= self._task.standard_error(least)
+        if score >= least:
             self._best_score, self._best = score, _copy_of_state(model)
         # An evaluation after which the process was stopped is made again.
         self.learning_curve[epoch:] = [score]

@@ -15,6 +15,7 @@ from compress_search.exceptions import EvaluationError, TrainingError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
+from compress_search.task import Task
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.training.schedules import learning_rate_factor
 
@@ -185,8 +186,8 @@ def scripted(scores):
     """An evaluation that gives the scores one after the other, and the states it was asked about."""
     remaining, states = list(scores), []
 
-    def evaluate(model, loader):
-        states.append(state_of(model))
+    def evaluate(*given):
+        states.append(state_of(next(one for one in given if isinstance(one, nn.Module))))
         return remaining.pop(0)
 
     return evaluate, states
@@ -210,6 +211,27 @@ def test_the_best_weights_and_statistics_stay(tiny_task, scores, best):
     assert not torch.equal(states[0]["1.running_mean"], states[3]["1.running_mean"])
     assert_same_state(model, states[best])
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        # With 32 validation images the standard error of 0.9 is 0.053.
+        ([0.5, 0.7, 0.9, 0.85], 3),
+        ([0.5, 0.7, 0.9, 0.84], 2),
+        ([0.9, 0.5, 0.6, 0.85], 3),
+        ([0.9, 0.5, 0.6, 0.84], 0),
+        # Only the last epoch may be below the best.
+        ([0.5, 0.9, 0.88, 0.7], 1),
+    ],
+)
+def test_the_last_weights_stay_within_a_standard_error_of_the_best(tiny_task, monkeypatch, scores, kept):
+    scripted_score, states = scripted(scores)
+    monkeypatch.setattr(Task, "score", scripted_score)
+    task = tiny_task()
+    model = task.build_model()
+    assert run(model, None, task, changed(PLAIN, epochs=3)) == scores[kept]
+    assert_same_state(model, states[kept])
 
 
 def test_training_raises_the_accuracy(tiny_task, tiny_net):

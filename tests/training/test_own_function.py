@@ -12,6 +12,7 @@ from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.stages import StageRunner
 from compress_search.stopping import StopSwitch
+from compress_search.task import Task
 from compress_search.training.trainer import Trainer
 from compress_search.workspace import Workspace
 
@@ -86,6 +87,14 @@ def test_what_is_worse_is_not_kept(train, tiny_net, caplog):
     model, score, _ = train(spoil, evaluate=lambda *_: next(scores))
     assert score == 0.9 and model_fingerprint(model) == model_fingerprint(tiny_net())
     assert "spoil made the model worse (0.9000 before, 0.3000 after): it is left as it was" in caplog.text
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0.85, 0.85), (0.84, 0.9)])
+def test_a_little_worse_may_be_the_luck_of_the_images(train, monkeypatch, after, kept):
+    scores = iter([0.9, after])
+    monkeypatch.setattr(Task, "score", lambda *_: next(scores))
+    _, score, _ = train(by_hand)
+    assert score == kept
 
 
 def raising(model, job):
