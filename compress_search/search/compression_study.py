@@ -179,7 +179,7 @@ class CompressionStudy:
 
         These finalists take part in everything that a study is asked for, but they are not counted in its
         total of trials, and the sampler does not see them. One that is there already is not trained again.
-        Nobody's accuracy falls: fine-tuning keeps the best weights, those that it began with included.
+        Nobody's accuracy falls by more than its standard error: else fine-tuning keeps what it began with.
 
         Args:
             top_k: How many: the feasible candidates on the front first, then the others, from the most

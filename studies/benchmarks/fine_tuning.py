@@ -5,7 +5,7 @@ Launch it with ``python studies/benchmarks/fine_tuning.py``. The networks are th
 not there yet is compressed first. Each is trained on by the same code, for as many epochs, from the same
 seeds, once on the labels alone and once taught by the original network too: what a tool's compression is
 worth and what distillation is worth can be told apart. The thousand images that the network's own training
-held out choose the best epoch; the 10,000 test images are looked at afterwards.
+held out choose the epoch that is kept; the 10,000 test images are looked at afterwards.
 
 People who compress by hand fine-tune between the two halves as well. AIMET's process keeps no network from
 between its halves, so none is fine-tuned there, neither AIMET's nor ours.
