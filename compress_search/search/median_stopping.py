@@ -1,8 +1,8 @@
 """The median stopping rule: a trial that is behind half of its like is not trained to the end.
 
 Golovin et al. 2017, *Google Vizier: a service for black-box optimization*, section 3.2.1. Deviation: the best
-evaluation so far is compared, in place of the mean of all, since a fine-tuning keeps its best epoch or one that
-is as good.
+evaluation so far is compared, in place of the mean of all, since a fine-tuning keeps its best epoch, or one
+that is as good.
 """
 
 from __future__ import annotations
