@@ -19,7 +19,7 @@ from compress_search.workspace import Workspace
 
 @pytest.fixture
 def train(tiny_task, tiny_net, tmp_path):
-    def run(training, settings=None, *, after_epoch=None, curve=(), **changes):
+    def run(training, settings=None, *, after_epoch=None, **changes):
         task = tiny_task(training=training, **changes)
         model = tiny_net()
         trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
@@ -31,7 +31,7 @@ def train(tiny_task, tiny_net, tmp_path):
             "fedcba",
             after_epoch=after_epoch,
         )
-        assert done.learning_curve == curve
+        run.curve = done.learning_curve
         return model, done.accuracy, trainer
 
     return run
@@ -52,6 +52,7 @@ def test_it_trains_in_place_of_the_packages_own(train, tiny_net):
     model, score, trainer = train(by_hand, FineTune(epochs=6, lr=0.1))
     assert score == trainer.task.score(model) > trainer.task.score(tiny_net())
     assert not model.training
+    assert train.curve == ()
 
 
 def test_it_is_seeded_and_told_everything(train, tmp_path, tiny_net):
@@ -140,11 +141,8 @@ def before(tiny_task):
 
 def test_epochs_that_are_told_are_its_learning_curve(train, before):
     seen = []
-    train(
-        telling((1, 0.5), (2, 0.75)),
-        curve=(before, 0.5, 0.75),
-        after_epoch=lambda curve: seen.append(tuple(curve)),
-    )
+    train(telling((1, 0.5), (2, 0.75)), after_epoch=lambda curve: seen.append(tuple(curve)))
+    assert train.curve == (before, 0.5, 0.75)
     assert seen == [(before, 0.5), (before, 0.5, 0.75)]
 
 
@@ -158,7 +156,8 @@ def test_a_curve_goes_on_where_the_function_was_stopped(train, before):
     with pytest.raises(KeyboardInterrupt):
         train(stopped, settings)
     # It goes on from the checkpoint of the first epoch; the third is not told.
-    train(telling((2, 0.7), (4, 0.9)), settings, curve=(before, 0.5, 0.7, 0.7, 0.9))
+    train(telling((2, 0.7), (4, 0.9)), settings)
+    assert train.curve == (before, 0.5, 0.7, 0.7, 0.9)
 
 
 @pytest.mark.parametrize("left", ["", "[0.5", '{"a": 1}', "7"])
@@ -166,7 +165,8 @@ def test_a_curve_that_cannot_be_read_begins_anew(train, before, tmp_path, left):
     folder = Workspace(tmp_path).checkpoints / "0123456789abcdef"
     folder.mkdir(parents=True)
     (folder / "learning_curve.json").write_text(left)
-    train(telling((1, 0.5), (2, 0.75)), curve=(before, 0.5, 0.75))
+    train(telling((1, 0.5), (2, 0.75)))
+    assert train.curve == (before, 0.5, 0.75)
 
 
 @pytest.mark.parametrize("told", [(0, 0.5), (3, 0.5), (1, float("nan"))])
