@@ -18,9 +18,12 @@ SECRET = "open%sesame"
 IN_URL = "open%25sesame"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guarded(postgresql):
-    """Return a user's URL of a database with or without a password in it."""
+    """Return a user's URL of a database with or without a password in it.
+
+    It lasts as long as the server, which keeps the user.
+    """
     postgresql.add_user("guest", SECRET)
     owned, foreign = postgresql.new_database(), postgresql.new_database()
     postgresql.execute(f"ALTER DATABASE {owned.split('/')[3].split('?')[0]} OWNER TO guest")
