@@ -1,9 +1,10 @@
 """Leases: while a process computes a stage, others that want the same one wait for it.
 
-A lease is a file beside the stage, made with ``O_EXCL``, which only one process can do. Its holder touches it
-now and then. A lease whose holder is dead, or has not touched it for a while, is taken over. Whether it was
-touched is judged by whether the file's time *changed* while the one who waits was watching, by its own clock:
-two machines need not agree on what time it is.
+A lease is a file beside the stage, which only one process can make: it is written under a name of its own and
+then linked, so that it is never seen half written, even where its holder is killed; without hard links it is
+made with ``O_EXCL``. Its holder touches it now and then. A lease whose holder is dead, or has not touched it
+for a while, is taken over. Whether it was touched is judged by whether the file's time *changed* while the one
+who waits was watching, by its own clock: two machines need not agree on what time it is.
 
 A lease saves work, and nothing else depends on it. Were two processes to compute the same stage after all
 (because one was only paused, say), both would store the same bits, and one folder of them stays.
@@ -278,7 +279,39 @@ def remove_lease(lease: LeaseFile) -> bool:
 
 def _take(file: Path, what: str) -> _Held | None:
     """Make the lease; ``None`` if another process has it."""
+    if file.exists():
+        return None
     lease = Lease.of_this_process(what)
+    try:
+        return _Held(file, lease.token, _linked(file, lease))
+    except FileExistsError:
+        return None
+    except OSError:
+        return _made_in_place(file, lease)
+
+
+def _linked(file: Path, lease: Lease) -> int:
+    """Make a lease that is whole as soon as it is there, and return it open.
+
+    Raises:
+        FileExistsError: Another process has it.
+        OSError: The file cannot be written, or there are no hard links here.
+    """
+    # What a process leaves that is killed in between is one of the files that are pruned with their holder.
+    draft = _waiting_file(file, lease)
+    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        os.write(descriptor, lease.to_json().encode())
+        os.link(draft, file)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+    return descriptor
+
+
+def _made_in_place(file: Path, lease: Lease) -> _Held | None:
     try:
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -295,6 +328,10 @@ def _take(file: Path, what: str) -> _Held | None:
         os.ftruncate(descriptor, 0)
         return _Held(file, None, descriptor)
     return _Held(file, lease.token, descriptor)
+
+
+def _waiting_file(file: Path, lease: Lease) -> Path:
+    return file.with_name(f"{file.name}.waiting-{lease.token}")
 
 
 def _remove(file: Path, token: str | None) -> bool:
@@ -340,7 +377,7 @@ def _announced(file: Path, what: str) -> Iterator[Callable[[], None]]:
         Says that it still waits.
     """
     lease = Lease.of_this_process(what)
-    mine = file.with_name(f"{file.name}.waiting-{lease.token}")
+    mine = _waiting_file(file, lease)
     # Nothing depends on it, so nothing is made of a failure.
     with contextlib.suppress(OSError):
         mine.write_text(lease.to_json(), encoding="utf-8")

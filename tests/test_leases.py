@@ -252,6 +252,39 @@ def test_where_no_lease_can_be_made_the_work_is_done_without(leases, caplog):
     assert "another process may compute the same" in caplog.text
 
 
+@pytest.mark.parametrize("call", ["write", "link"])
+def test_whoever_ends_while_it_makes_a_lease_leaves_none(leases, monkeypatch, call):
+    def end(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"compress_search.leases.os.{call}", end)
+    with pytest.raises(KeyboardInterrupt), leases.computing("key", "fine_tune", never):
+        pass
+    assert names(leases) == []
+
+
+def test_without_hard_links_there_are_leases_too(leases, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("compress_search.leases.os.link", refuse)
+    with leases.computing("key", "fine_tune", never):
+        assert Lease.read(leases.folder / "key.lease").holder == Worker.this_process()
+        assert names(leases) == ["key.lease"]
+    assert names(leases) == []
+
+
+def test_on_a_full_disk_an_empty_lease_keeps_others_out(leases, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("compress_search.leases.os.write", refuse)
+    with leases.computing("key", "fine_tune", never):
+        assert names(leases) == ["key.lease"]
+    assert "It keeps others out all the same" in caplog.text
+    assert names(leases) == []
+
+
 def test_one_look_tells_a_dead_lease_from_a_live_one(leases, write_lease):
     for key, holder in (("a", parent()), ("b", dead()), ("c", elsewhere()), ("d", elsewhere())):
         write_lease(holder, key)
