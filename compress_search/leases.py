@@ -1,10 +1,10 @@
 """Leases: while a process computes a stage, others that want the same one wait for it.
 
 A lease is a file beside the stage, which only one process can make: it is written under a name of its own
-and then linked, so that it is never seen half written, even where its holder is killed; without hard links it
-is made with ``O_EXCL``. Its holder touches it now and then. A lease whose holder is dead, or has not touched it
-for a while, is taken over. Whether it was touched is judged by whether the file's time *changed* while the one
-who waits was watching, by its own clock: two machines need not agree on what time it is.
+and then linked, so that it is never seen half written, even where its holder is killed; without hard links
+it is made with ``O_EXCL``. Its holder touches it now and then. A lease whose holder is dead, or has not
+touched it for a while, is taken over. Whether it was touched is judged by whether the file's time *changed*
+while the one who waits was watching, by its own clock: two machines need not agree on what time it is.
 
 A lease saves work, and nothing else depends on it. Were two processes to compute the same stage after all
 (because one was only paused, say), both would store the same bits, and one folder of them stays.
