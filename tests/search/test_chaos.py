@@ -21,7 +21,7 @@ import pytest
 
 from compress_search.results import pareto_optimal
 from compress_search.search.candidates import candidate_of
-from compress_search.search.history import current_trials, finished_trials, proposal_indices
+from compress_search.search.history import REASON, current_trials, finished_trials, proposal_indices
 from compress_search.search.objective import STAGES
 from compress_search.search.space import enqueue_anchors
 from compress_search.search.storage import open_storage, quiet_optuna
@@ -147,8 +147,9 @@ class Crowd:
         with self.study(name) as study:
             trials = study.get_trials(deepcopy=False)
         states = Counter(trial.state.name for trial in trials)
+        reasons = [trial.user_attrs.get(REASON) for trial in trials if trial.state.name == "FAIL"]
         assert states["RUNNING"] == 0
-        assert states["COMPLETE"] == n_trials == len(finished_trials(trials)), (states, self.log())
+        assert states["COMPLETE"] == n_trials == len(finished_trials(trials)), (states, reasons)
         complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
         indices = proposal_indices(trials)
         assert sorted(indices[trial.number] for trial in complete) == list(range(n_trials))
@@ -196,7 +197,6 @@ def one_round(crowd, seed):
     """Kill one of three workers at a random moment of each second, until the study is finished.
 
     Where a machine is so busy that a second is too short for three stages, the next one is killed after them.
-    A trial whose process dies again and again before it has done anything is given up, as it should be.
 
     Returns:
         How many were killed, and what was found.
