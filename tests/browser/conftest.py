@@ -11,6 +11,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
+
+BUNDLE_SECONDS = 1.8
+"""Processor time of Plotly's bundle alone, on the machine that limits of processor time are meant for."""
 
 READABILITY = Path(__file__).with_name("readability.js").read_text(encoding="utf-8")
 
@@ -165,6 +169,17 @@ def visit(chromium, pictures):
     for context in contexts:
         context.close()
     assert [fault for visit in visits for fault in visit.faults] == []
+
+
+@pytest.fixture(scope="module")
+def slowness(visit, tmp_path_factory):
+    """Return by how much this machine is slower than the one that limits of processor time are meant for."""
+    file = tmp_path_factory.mktemp("bundle") / "bundle.html"
+    file.write_text(f"<!doctype html><meta charset=utf-8><title>x</title><script>{get_plotlyjs()}</script>")
+    # The lesser of two: what else the machine does slows the processor down.
+    seconds = min(visit(file.as_uri()).busy_seconds() for _ in range(2))
+    print(f"Plotly's bundle alone takes {seconds:.2f} s of processor time")
+    return max(1.0, seconds / BUNDLE_SECONDS)
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,7 @@ def test_a_figure_is_drawn_when_its_reader_comes_near_it_and_all_are_in_print(vi
     assert opened.page.evaluate("document.scrollingElement.scrollHeight") == height
 
 
-def test_five_hundred_trials_open_within_three_seconds(visit, big_study):
+def test_five_hundred_trials_open_within_three_seconds(visit, big_study, slowness):
     file = big_study.report().page
     assert file.stat().st_size < 10_000_000
     # The lesser of two: what else the machine does slows the processor down.
@@ -205,9 +205,9 @@ def test_five_hundred_trials_open_within_three_seconds(visit, big_study):
         busy.append(opened.busy_seconds() - before)
     told = ", ".join(f"{seconds:.2f}" for seconds in busy)
     print(f"{file.stat().st_size / 1e6:.1f} MB, processor time of opening, then of each figure: {told} s")
-    assert busy[0] < 3
-    assert max(busy[1:]) < 1.5
+    assert busy[0] < 3 * slowness
+    assert max(busy[1:]) < 1.5 * slowness
     before = opened.busy_seconds()
     opened.page.get_by_role("button", name="accuracy", exact=True).click()
-    assert opened.busy_seconds() - before < 1
+    assert opened.busy_seconds() - before < 1 * slowness
     opened.picture("report-500", whole=False)
