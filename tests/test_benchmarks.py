@@ -319,6 +319,7 @@ def real_laboratory(running, tmp_path, monkeypatch):
     return laboratory
 
 
+@pytest.mark.slow
 def test_our_own_case_from_request_to_result(cases, real_laboratory):
     steps = (cases.Step("spatial_svd", 0.8), cases.Step("channel_pruning", 0.8))
     settings = {"selection": "uniform", "samples": 32}
@@ -348,7 +349,7 @@ def test_fault_of_a_tool_is_its_result(cases, running, real_laboratory, tmp_path
     assert real_laboratory.stored(case, []) == result
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+@pytest.mark.parametrize("importance", ["magnitude", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_torch_pruning_meets_the_budget(cases, networks, layers, peer, importance):
     tool = importlib.import_module("benchmarks.torch_pruning_peer")
     network = friendly(networks, resnet20().state_dict())

@@ -109,6 +109,7 @@ def test_networks_have_their_layers(networks, name, convolutions, million_macs):
     assert round(profile_model(network, networks.EXAMPLE).macs / 1e6) == million_macs
 
 
+@pytest.mark.slow
 def test_reconstruction_of_the_benchmark_is_that_of_the_method(networks):
     benchmark = importlib.import_module("method_benchmark")
     torch.manual_seed(0)

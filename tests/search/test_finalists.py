@@ -45,6 +45,12 @@ from compress_search.workspace import Workspace
 
 LONG = FineTune(epochs=9)
 
+# Gaussian processes take ten times as long as all others together.
+SEARCHING = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "gp" else name
+    for name in sorted(SAMPLERS.keys() - {GRID})
+]
+
 
 class Killed(BaseException):
     """Ends a trial without a trace, as a killed process does."""
@@ -140,7 +146,7 @@ def proposals(study):
     return [(t.params, t.state.name, t.values, t.user_attrs.get("anchor")) for t in trials]
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {GRID}))
+@pytest.mark.parametrize("name", SEARCHING)
 def test_the_search_goes_on_as_if_there_were_no_finalists(
     name, new_study, objective, make_settings, runner, finalize
 ):

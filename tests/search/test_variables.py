@@ -38,6 +38,12 @@ VARIABLES = {
     "least_share": Range(0.1, 0.4, step=0.1),
 }
 
+# Gaussian processes take ten times as long as all others together.
+SEARCHING = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "gp" else name
+    for name in sorted(SAMPLERS.keys() - {GRID})
+]
+
 WHOLE, NUMBER = frozenset({int}), frozenset({float})
 
 
@@ -310,7 +316,7 @@ def test_an_anchor_that_is_run_again_keeps_the_values_it_had_not_come_to(study_i
     assert fixed[1] == {"c_ssvd": 0.5, **fixed[0]}
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {GRID}))
+@pytest.mark.parametrize("name", SEARCHING)
 def test_every_sampler_searches_mixed_variables_and_does_so_again(
     name, study_in_memory, make_settings, objective, runner, caplog
 ):
