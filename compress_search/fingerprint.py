@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+_EXAMPLES = 16
 
 
 def content_hash(value: Any) -> str:
@@ -40,16 +43,37 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(loader: Iterable[Any]) -> str:
-    """Hash a data loader by its length and its first batch, drawn under a fixed seed.
+    """Hash a data loader by its length, its first batch, and examples of its data set.
 
-    A loader whose first batch differs even under a fixed seed (say, augmentation by another random
-    library) is hashed by its length alone.
+    Batch and examples are drawn under a fixed seed. What lies in memory as tensors (a list of batches, a data
+    set of tensors) is hashed whole. Of another data set that can be indexed it is 16 evenly spaced examples;
+    of any other loader the first batch alone.
+
+    What differs even under a fixed seed (say, augmentation by another random library) has no say: see
+    :func:`is_repeatable`.
 
     Returns:
         20 hexadecimal digits.
     """
+    drawn = [[hash_of(loader) for hash_of in (_first_batch_hash, _examples_hash)] for _ in range(2)]
+    alike = [first if first == second else None for first, second in zip(*drawn, strict=True)]
+    return content_hash([_length_of(loader), *alike])
+
+
+def is_repeatable(loader: Iterable[Any]) -> bool:
+    """Whether a loader yields the same first batch again under the same seed."""
     first, second = (_first_batch_hash(loader) for _ in range(2))
-    return content_hash([_length_of(loader), first if first == second else None])
+    return first == second
+
+
+def begun(loader: Iterable[Any]) -> Iterator[Any]:
+    """Begin a pass through a loader that draws its random numbers from the seeds of now.
+
+    Worker processes that persist were seeded when they were started: they are started anew.
+    """
+    if getattr(loader, "persistent_workers", False):
+        loader._iterator = None  # type: ignore[attr-defined]
+    return iter(loader)
 
 
 @contextmanager
@@ -100,22 +124,46 @@ def _length_of(loader: Any) -> int | None:
 
 
 def _first_batch_hash(loader: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
     with seeded(0, loader):
-        for part in _tensors_of(next(iter(loader), None)):
-            update_with_tensor(digest, part)
+        return _hash_of([next(begun(loader), None)])
+
+
+def _examples_hash(loader: Any) -> str | None:
+    """Hash examples of what a loader draws from; ``None`` if they cannot be asked for."""
+    data = loader if isinstance(loader, list | tuple) else getattr(loader, "dataset", None)
+    if isinstance(data, TensorDataset):
+        return _hash_of(data.tensors)
+    try:
+        count = len(data)  # type: ignore[arg-type]
+        places = range(count) if data is loader else range(0, count, max(1, count // _EXAMPLES))
+        with seeded(0):
+            return _hash_of(data[place] for place in places)  # type: ignore[index]
+    except Exception:
+        # Whatever a data set raises that is a stream, or wants to be asked for whole batches.
+        return None
+
+
+def _hash_of(values: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        _update_with(digest, value)
     return digest.hexdigest()
 
 
-def _tensors_of(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _tensors_of(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors_of(value)
+def _update_with(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        update_with_tensor(digest, value)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _update_with(digest, key)
+            _update_with(digest, part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _update_with(digest, part)
+    elif hasattr(value, "tobytes"):  # Arrays of numpy, images of Pillow.
+        digest.update(value.tobytes())
+    elif isinstance(value, int | float | str):
+        digest.update(f"{value!r};".encode())
 
 
 def update_with_tensor(digest: Any, tensor: Tensor) -> None:

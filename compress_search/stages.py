@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.compression import TableSource, analyse, apply, choose_sizes, stored_table
-from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
+from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint, seeded
+from compress_search.function_identity import function_identity, name_of
 from compress_search.layer_by_layer import LayerByLayer
 from compress_search.leases import Leases
 from compress_search.memory_layout import in_quickest_layout
@@ -45,7 +46,7 @@ from compress_search.training.trained import Trained
 from compress_search.training.trainer import CHECKPOINT_SECONDS, Trainer
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 7
+_STAGE_FORMAT = 8
 """Part of every key. Raise it when the same settings would give other weights than before."""
 
 _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
@@ -243,11 +244,11 @@ class StageRunner:
             "train": data_fingerprint(task.train),
             "validation": data_fingerprint(task.validation),
             "calibration": data_fingerprint(calibration),
-            "evaluate": _name_of(task.evaluate),
-            "loss": _name_of(task.loss),
+            "evaluate": function_identity(task.evaluate),
+            "loss": function_identity(task.loss),
             "seed": self._seed,
             # Only where there is one: it is younger than the stages of other tasks.
-            **({} if task.training is None else {"training": _name_of(task.training)}),
+            **({} if task.training is None else {"training": name_of(task.training)}),
         }
 
     def _compute(
@@ -358,10 +359,14 @@ class StageRunner:
         """Measure a model and store it as the outcome of a stage; its accuracy may be known already."""
         profile = profile_model(model, self._example)
         original_macs = profile.macs if name == "original" else self.original.macs
+        if accuracy is None:
+            # One seed for all: where a loader shuffles and drops the rest, the same examples judge all.
+            with seeded(self._seed, self._task.validation):
+                accuracy = self._task.score(model)
         result = StageResult(
             key=key,
             name=name,
-            accuracy=self._task.score(model) if accuracy is None else accuracy,
+            accuracy=accuracy,
             macs=profile.macs,
             params=profile.params,
             mac_ratio=profile.macs / original_macs,
@@ -394,9 +399,3 @@ def _key_of_sizes(before: StageResult, stage: Compress, sizes: Sizes) -> str:
     """
     settings = {name: value for name, value in stage_to_dict(stage).items() if name != "mac_ratio"}
     return content_hash({"before": before.key, "stage": settings, "sizes": dict(sizes)})
-
-
-def _name_of(function: Any) -> str:
-    if isinstance(function, nn.Module):
-        return repr(function)
-    return getattr(function, "__qualname__", type(function).__qualname__)

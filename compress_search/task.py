@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 
 from compress_search.exceptions import EvaluationError, TaskError
 from compress_search.fingerprint import seeded
+from compress_search.loaders import (
+    BATCHES,
+    Batches,
+    count_examples,
+    inputs_and_targets,
+    inputs_of,
+    loader_faults,
+)
 from compress_search.profile import inference_mode_of
 
 Evaluate = Callable[[nn.Module, Iterable[Any]], float]
@@ -29,20 +38,39 @@ def accuracy(model: nn.Module, loader: Iterable[Any]) -> float:
     """Top-1 accuracy of a classifier, the default of :attr:`Task.evaluate`.
 
     Args:
-        model: Maps inputs ``(batch, ...)`` to logits ``(batch, classes)``.
-        loader: Yields ``(inputs, labels)`` with labels ``(batch,)``.
+        model: Maps inputs ``(batch, ...)`` to logits ``(batch, classes)``, or ``(batch, classes, ...)`` where
+            each place has a label.
+        loader: Yields ``(inputs, labels)`` with labels ``(batch,)``, or ``(batch, ...)``.
 
     Returns:
         The share of right answers, in [0, 1].
+
+    Raises:
+        ValueError: The outputs are no logits of at least two classes for the labels.
     """
     device = next(model.parameters()).device
     right = total = 0
     with inference_mode_of(model):
         for inputs, labels in loader:
-            predicted = model(inputs.to(device)).argmax(dim=1)
-            right += int((predicted == labels.to(device)).sum())
-            total += len(labels)
+            outputs = model(inputs.to(device))
+            _check_classifies(outputs, labels)
+            right += int((outputs.argmax(dim=1) == labels.to(device)).sum())
+            total += labels.numel()
     return right / total if total else math.nan
+
+
+def _check_classifies(outputs: Any, labels: Any) -> None:
+    """Other shapes would be broadcast against each other, and give a number that means nothing."""
+    if isinstance(outputs, Tensor) and isinstance(labels, Tensor) and outputs.ndim > 1:
+        batch, classes, *places = outputs.shape
+        if classes > 1 and (batch, *places) == tuple(labels.shape):
+            return
+    seen = [f"{type(one).__name__} {tuple(getattr(one, 'shape', ()))}" for one in (outputs, labels)]
+    raise ValueError(
+        f"outputs {seen[0]} and labels {seen[1]} are not those of a classifier, which are "
+        "(batch, classes, ...) with two classes or more, and (batch, ...). Give the task a function of your "
+        "own: Task(evaluate=...)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +114,7 @@ class Task:
         """Return a fresh copy of the original model, in evaluation mode.
 
         Raises:
-            TaskError: ``model`` is neither a module nor a function that returns one.
+            TaskError: ``model`` is neither a module nor a function that returns one, or cannot be copied.
         """
         model = self.model
         if not isinstance(model, nn.Module):
@@ -101,7 +129,15 @@ class Task:
                     f"The function given as Task.model returned a {type(model).__name__}, "
                     "not a torch.nn.Module."
                 )
-        return copy.deepcopy(model).eval()
+        try:
+            return copy.deepcopy(model).eval()
+        except Exception as error:
+            # Whatever its parts raise; old-style weight normalisation keeps tensors that cannot be copied.
+            raise TaskError(
+                f"Task.model, a {type(model).__name__}, cannot be copied: {type(error).__name__}: {error}. "
+                "Every trial needs a copy of its own. Normalised weights can be made plain ones: "
+                "torch.nn.utils.remove_weight_norm(layer)."
+            ) from error
 
     def score(self, model: nn.Module, loader: Iterable[Any] | None = None) -> float:
         """Evaluate a model, and make sure that the answer is a finite number.
@@ -146,7 +182,11 @@ class Task:
         """
         if self.evaluate is not accuracy:
             return 0.0
-        return math.sqrt(max(score * (1 - score), 0.0) / max(_count_examples(self.validation), 1))
+        return math.sqrt(max(score * (1 - score), 0.0) / max(self._validation_examples, 1))
+
+    @cached_property
+    def _validation_examples(self) -> int:
+        return count_examples(self.validation)
 
     def loss_on(self, device: torch.device) -> Loss:
         """The loss, with what it holds (class weights, for example) on ``device``."""
@@ -195,7 +235,8 @@ class Task:
         for name in ("train", "validation", "test", "calibration"):
             loader = getattr(self, name)
             if loader is not None:
-                faults += _loader_faults(name, loader)
+                judged = name in ("validation", "test") and self.evaluate is not accuracy
+                faults += loader_faults(name, loader, Batches.ANY if judged else BATCHES[name])
         example: object = self.example_input
         if not isinstance(example, Tensor):
             faults.append(f"example_input is a {type(self.example_input).__name__}, not a torch.Tensor.")
@@ -245,52 +286,3 @@ class Task:
                 seen = f"a tensor of shape {tuple(loss.shape)}"
             return [f"The loss of the first training batch is {seen}, not a tensor of one finite number."]
         return []
-
-
-def inputs_of(loader: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the input tensors of a loader's batches, whether it yields ``inputs`` or ``(inputs, ...)``."""
-    for batch in loader:
-        yield batch if isinstance(batch, Tensor) else batch[0]
-
-
-def _count_examples(loader: Iterable[Any]) -> int:
-    try:
-        return len(loader.sampler)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        return sum(len(labels) for _, labels in loader)
-
-
-def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Split a training batch, ``(inputs, targets, ...)`` or inputs alone."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    inputs, *others = batch
-    return inputs, others[0] if others else None
-
-
-def _loader_faults(name: str, loader: Any) -> list[str]:
-    if iter_fault := _not_a_loader(name, loader):
-        return [iter_fault]
-    try:
-        batch = next(iter(loader), None)
-    except Exception as error:
-        return [f"{name} raised when its first batch was drawn: {type(error).__name__}: {error}"]
-    if batch is None:
-        return [f"{name} is empty: it yields no batch."]
-    without_targets = name in ("calibration", "train")
-    if isinstance(batch, Tensor) and without_targets:
-        return []
-    least = 1 if without_targets else 2
-    if not isinstance(batch, list | tuple) or len(batch) < least or not isinstance(batch[0], Tensor):
-        return [
-            f"{name} yields {type(batch).__name__}; it must yield (inputs, targets) with a tensor of inputs."
-        ]
-    return []
-
-
-def _not_a_loader(name: str, loader: Any) -> str | None:
-    if isinstance(loader, Iterator):
-        return f"{name} is an iterator that ends after one pass. Give a DataLoader or a list of batches."
-    if not isinstance(loader, Iterable):
-        return f"{name} is a {type(loader).__name__}, which cannot be iterated. Give a DataLoader."
-    return None

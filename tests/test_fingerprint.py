@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint, seeded
+from compress_search.fingerprint import (
+    begun,
+    content_hash,
+    data_fingerprint,
+    is_repeatable,
+    model_fingerprint,
+    seeded,
+)
 
 DATA = TensorDataset(torch.arange(40.0).reshape(20, 2), torch.arange(20))
 
@@ -121,6 +128,50 @@ def test_other_data_have_another_fingerprint():
     assert len({data_fingerprint(loader) for loader in loaders}) == 3
 
 
+class Numbered(Dataset):
+    """Examples of a tensor and a label, that no tensor holds."""
+
+    def __init__(self, *, changed=None):
+        self.changed = changed
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.full((3,), float(index)), index % 4 + (index == self.changed)
+
+
+def test_labels_of_examples_further_on_matter():
+    late = [*DATA.tensors[1][:19], torch.tensor(0)]
+    loaders = [
+        DataLoader(TensorDataset(DATA.tensors[0], labels), batch_size=4)
+        for labels in (DATA.tensors[1], torch.stack(late))
+    ]
+    loaders += [DataLoader(Numbered(changed=place), batch_size=4) for place in (None, 40)]
+    loaders += [[*DataLoader(DATA, batch_size=4)], [*DataLoader(DATA, batch_size=4)][:4] * 2]
+    assert len({data_fingerprint(loader) for loader in loaders}) == len(loaders)
+    assert data_fingerprint(DataLoader(Numbered())) == data_fingerprint(DataLoader(Numbered()))
+
+
+def test_a_pass_by_workers_that_persist_is_seeded_like_any_other():
+    loader = DataLoader(Noise(), batch_size=2, num_workers=1, persistent_workers=True)
+    drawn = []
+    for seed in (0, 1, 0):
+        with seeded(seed, loader):
+            drawn.append(torch.cat([*begun(loader)]))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    assert is_repeatable(loader)
+    loader._iterator = None
+
+
+class Noise(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.rand(3)
+
+
 class Unseedable(Dataset):
     """Noise of a generator that no seed reaches."""
 
@@ -137,6 +188,7 @@ class Unseedable(Dataset):
 def test_a_loader_that_cannot_be_seeded_is_known_by_its_length():
     assert data_fingerprint(DataLoader(Unseedable(8))) == data_fingerprint(DataLoader(Unseedable(8)))
     assert data_fingerprint(DataLoader(Unseedable(8))) != data_fingerprint(DataLoader(Unseedable(9)))
+    assert not is_repeatable(DataLoader(Unseedable(8))) and is_repeatable(shuffling())
 
 
 class Stream(IterableDataset):

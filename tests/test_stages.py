@@ -8,10 +8,12 @@ import itertools
 import logging
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from compress_search import disk_space
 from compress_search.checkpoint import load_weights
@@ -23,7 +25,7 @@ from compress_search.progress import Progress
 from compress_search.recipe import Compress, FineTune, Recipe
 from compress_search.stage_store import StageStore
 from compress_search.stages import StageRunner
-from compress_search.task import Task
+from compress_search.task import Task, accuracy
 from compress_search.training import training_run
 from compress_search.workspace import Workspace
 
@@ -61,6 +63,38 @@ def runner(task, tmp_path):
         return StageRunner(task, workspace, seed=seed, device=torch.device("cpu"), progress=Progress())
 
     return make
+
+
+def test_nothing_is_reused_that_another_loss_evaluation_or_data_made(runner, task):
+    *most, (inputs, labels) = task.validation
+    tasks = [
+        task,
+        dataclasses.replace(task, loss=nn.CrossEntropyLoss(label_smoothing=0.3)),
+        dataclasses.replace(task, loss=nn.CrossEntropyLoss(weight=torch.arange(4.0))),
+        *(dataclasses.replace(task, evaluate=partial(share_of, k=k)) for k in (1, 2)),
+        dataclasses.replace(task, validation=[*most, (inputs, labels.roll(1))]),
+        dataclasses.replace(task, train=[*most, (inputs, labels.roll(1))]),
+    ]
+    keys = set()
+    for number, one in enumerate(tasks):
+        result = runner(task=one).run(RECIPE)[-1]
+        assert not result.reused, number
+        keys.add(result.key)
+    assert len(keys) == len(tasks)
+    assert runner(task=dataclasses.replace(task, evaluate=partial(share_of, k=2))).run(RECIPE)[-1].reused
+
+
+def share_of(model, loader, k):
+    return k * accuracy(model, loader)
+
+
+def test_where_the_validation_shuffles_and_drops_the_rest_all_are_judged_by_the_same(runner, task):
+    data = TensorDataset(*map(torch.cat, zip(*task.validation, strict=True)))
+    shuffled = dataclasses.replace(
+        task, validation=DataLoader(data, batch_size=5, shuffle=True, drop_last=True)
+    )
+    found = {runner(folder=f"run{number}", task=shuffled).reference.accuracy for number in range(6)}
+    assert len(found) == 1
 
 
 def test_a_recipe_leaves_one_stored_stage_each(runner, task, tmp_path):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from compress_search.exceptions import EvaluationError, TaskError
 from compress_search.fingerprint import model_fingerprint
-from compress_search.task import accuracy, inputs_of
+from compress_search.loaders import inputs_of
+from compress_search.task import accuracy
 
 CPU = torch.device("cpu")
 
@@ -37,6 +46,32 @@ def test_accuracy_is_the_share_of_right_answers():
     labels = torch.tensor([1, 1, 0, 2, 1])
     batches = [(torch.zeros(3, 2), labels[:3]), (torch.zeros(2, 2), labels[3:])]
     assert accuracy(Constant(), batches) == 3 / 5
+
+
+def test_every_place_of_an_image_has_a_label_of_its_own():
+    outputs = torch.tensor([[[0.0, 2.0]], [[1.0, 1.0]]]).movedim(0, 1)
+    model = nn.Sequential(nn.Conv1d(2, 2, 1, bias=False))
+    model[0].weight.data = torch.eye(2)[:, :, None]
+    assert outputs.shape == (1, 2, 2)
+    assert accuracy(model, [(outputs, torch.tensor([[1, 1]]))]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [
+        ((4, 1), torch.zeros(4, 1)),
+        ((4, 1), torch.zeros(4)),
+        ((4,), torch.zeros(4)),
+        ((4, 3), torch.zeros(4, 3)),
+        ((4, 3, 5), torch.zeros(4)),
+        ((4, 3), [0, 1, 2, 0]),
+    ],
+)
+def test_what_is_no_classifiers_has_no_accuracy(tiny_task, shape, labels):
+    task = tiny_task(validation=[(torch.zeros(shape), labels)])
+    model = nn.Sequential(nn.Identity(), nn.PReLU())
+    with pytest.raises(EvaluationError, match=r"are not those of a classifier.*Task\(evaluate=...\)"):
+        task.score(model)
 
 
 def test_accuracy_of_nothing_is_not_a_number():
@@ -94,6 +129,16 @@ class Broken:
         raise FileNotFoundError("images/0.png")
 
 
+class Once:
+    """An iterable that can be gone through a single time."""
+
+    def __init__(self, batches):
+        self.left = iter(batches)
+
+    def __iter__(self):
+        return self.left
+
+
 @pytest.mark.parametrize(
     ("loader", "fault"),
     [
@@ -107,10 +152,26 @@ class Broken:
             [{"inputs": torch.zeros(2, 1, 6, 6)}],
             "validation yields dict; it must yield (inputs, targets) with a tensor of inputs.",
         ),
+        (
+            [(torch.zeros(2, 1, 6, 6), [0, 1])],
+            "validation yields targets that are a list; they must be a tensor: torch.as_tensor(targets).",
+        ),
+        (
+            Once([(torch.zeros(2, 1, 6, 6), torch.zeros(2))]),
+            "validation is a Once that gives the same iterator each time, which ends after one pass. Give a "
+            "DataLoader or a list of batches.",
+        ),
     ],
 )
 def test_a_loader_that_yields_no_batches_is_refused(tiny_task, loader, fault):
     assert faults_of(tiny_task(validation=loader)) == [fault]
+
+
+def test_what_only_the_users_evaluate_reads_may_be_anything(tiny_task):
+    batches = [{"inputs": torch.zeros(2, 1, 6, 6), "labels": [0, 1]}]
+    task = tiny_task(validation=batches, test=batches, evaluate=lambda model, loader: 0.5)
+    task.check(task.build_model(), CPU)
+    assert len(faults_of(tiny_task(train=batches, evaluate=lambda model, loader: 0.5))) == 1
 
 
 def test_what_is_trained_on_may_be_of_another_size_where_calibration_is_given(tiny_task):
@@ -270,17 +331,53 @@ def test_calibration_with_nothing_to_draw_is_refused(tiny_task):
         tiny_task(calibration=[]).calibration_inputs(8)
 
 
+def test_a_model_that_cannot_be_copied_is_told(tiny_task):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3))
+    model.made = model(torch.zeros(1, 1, 6, 6)) * 1
+    with pytest.raises(TaskError, match="Task.model, a Sequential, cannot be copied: RuntimeError"):
+        tiny_task(model=model).build_model()
+
+
 def test_inputs_are_the_first_of_each_batch():
     inputs = torch.zeros(2)
     found = list(inputs_of([inputs, (inputs, 1, 2), [inputs]]))
     assert [batch is inputs for batch in found] == [True] * 3
 
 
-@pytest.mark.parametrize("as_list", [False, True])
-def test_an_accuracy_has_the_standard_error_of_a_share(tiny_task, as_list):
-    task = tiny_task()
-    if as_list:
-        task = tiny_task(validation=list(task.validation))
+def in_batches_by_its_sampler(data):
+    sampler = BatchSampler(SequentialSampler(data), 20, drop_last=False)
+    return DataLoader(data, sampler=sampler, batch_size=None)
+
+
+def in_batches_by_a_batch_sampler(data):
+    return DataLoader(data, batch_sampler=BatchSampler(range(32), 5, drop_last=False))
+
+
+def without_the_rest(data):
+    return DataLoader(ConcatDataset([data, TensorDataset(*data[:3])]), batch_size=8, drop_last=True)
+
+
+def as_a_stream(data):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    return DataLoader(Stream(), batch_size=5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(DataLoader, batch_size=7),
+        in_batches_by_its_sampler,
+        in_batches_by_a_batch_sampler,
+        without_the_rest,
+        as_a_stream,
+        lambda data: [data[:30], data[30:]],
+    ],
+)
+def test_an_accuracy_has_the_standard_error_of_a_share(tiny_task, make):
+    task = tiny_task(validation=make(tiny_task().validation.dataset))
     # Of 32 images that are right with a chance of 0.75, drawn again and again.
     generator = torch.Generator().manual_seed(0)
     shares = (torch.rand(20_000, 32, generator=generator) < 0.75).double().mean(dim=1)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress_search.fingerprint import begun
+
 
 @dataclass
 class RandomState:
@@ -66,7 +68,7 @@ def batches_of(loader: Iterable[Any], *, skip: int = 0) -> Iterator[Any]:
 
 def _batches(loader: Iterable[Any], stream: _Stream, skip: int) -> Iterator[Any]:
     with stream.own():
-        iterator = iter(loader)
+        iterator = begun(loader)
     for number in itertools.count():
         with stream.own():
             batch = next(iterator, _END)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -11,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_search.exceptions import TrainingError
+from compress_search.exceptions import EvaluationError, TrainingError
 from compress_search.fingerprint import content_hash, seeded
+from compress_search.loaders import inputs_and_targets
 from compress_search.memory_layout import can_train_channels_last
 from compress_search.profile import inference_mode_of
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.stopping import StopSwitch
-from compress_search.task import Task, inputs_and_targets
+from compress_search.task import Task
 from compress_search.training.averaging import averaged_copy
 from compress_search.training.batch_loss import BatchLoss
 from compress_search.training.checkpoints import CheckpointFolder, Snapshot, copies
@@ -166,7 +168,11 @@ class TrainingRun:
 
     def _evaluate(self, model: nn.Module, epoch: int) -> float:
         with seeded(_seed_of(self._seed, epoch), self._task.validation):
-            score = self._task.score(model.eval())
+            try:
+                score = self._task.score(model.eval())
+            except EvaluationError as error:
+                when = f"after epoch {epoch}" if epoch else "before the first epoch"
+                raise EvaluationError(f"In fine-tuning, {when}: {error}") from error
             least = self._best_score
             if epoch == self._settings.epochs:
                 least -= self._task.standard_error(least)
@@ -189,7 +195,7 @@ class TrainingRun:
                     self._random.restore()
                     self._random = None
                 for batch in self._guarded(batches):
-                    self._run_step(batch, taught)
+                    self._run_step_or_say_where(batch, taught)
                     self._batch += 1
                     self._look_up()
         mean = self._mean_loss()
@@ -266,6 +272,17 @@ class TrainingRun:
             f"In fine-tuning, {error}. It goes back to the end of epoch {self.epoch} and on with a "
             f"learning rate of {rate * _LOWERED:g} in place of {rate:g}."
         )
+
+    def _run_step_or_say_where(self, batch: Any, taught: EpochOutputs | None) -> None:
+        try:
+            self._run_step(batch, taught)
+        except (NotFiniteError, TrainingError):
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"Fine-tuning raised {type(error).__name__} at batch {self._batch + 1} of epoch "
+                f"{self.epoch + 1}: {error}"
+            ) from error
 
     def _run_step(self, batch: Any, taught: EpochOutputs | None) -> None:
         given, targets = inputs_and_targets(batch)
@@ -439,8 +456,18 @@ def _freeze_batch_norm(model: nn.Module) -> None:
 
 
 def _is_finite(model: nn.Module) -> bool:
-    """Whether all weights and statistics are; read from the device at once."""
-    finite = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    """Whether all weights and statistics are; read from the device at once.
+
+    Other buffers are not asked: a mask of attention is infinite from the beginning.
+    """
+    statistics = (
+        buffer
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for buffer in module.buffers(recurse=False)
+    )
+    learnt = itertools.chain(model.parameters(), statistics)
+    finite = [tensor.isfinite().all() for tensor in learnt if tensor.is_floating_point()]
     return bool(torch.stack(finite).all()) if finite else True
 
 
