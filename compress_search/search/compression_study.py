@@ -146,8 +146,11 @@ class CompressionStudy:
             KeyboardInterrupt: Ctrl-C or SIGTERM. A fine-tuning finishes its step and leaves a checkpoint
                 first; a second signal ends it at once, which loses what it did since the last checkpoint.
         """
-        if n_trials < 1:
-            raise StudyError(f"n_trials is {n_trials!r}; it is the study's total and must be 1 or more.")
+        total: object = n_trials
+        if not isinstance(total, int) or total < 1:
+            raise StudyError(
+                f"n_trials is {n_trials!r}; it is the study's total and must be a whole number, 1 or more."
+            )
         self._needed_task("optimize")
         self._agree_to_work()
         n_trials = trials_in_reach(self.settings, n_trials)

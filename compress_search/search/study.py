@@ -14,7 +14,7 @@ import torch
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
 
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import ConfigError, StudyError
 from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kept_channels import channels_to_keep
 from compress_search.profile import profile_model
@@ -131,6 +131,13 @@ def create_study(
         StudyError: The name, the device or the database cannot be used.
     """
     check_name(name)
+    tunings = {
+        "fine_tune": fine_tune,
+        "final_fine_tune": final_fine_tune,
+        "per_layer_fine_tune": per_layer_fine_tune,
+    }
+    if faults := _argument_faults({"methods": methods, "ignore": ignore}, tunings):
+        raise ConfigError(faults, source="create_study")
     settings = SearchSettings(
         target=target,
         tolerance=tolerance,
@@ -183,6 +190,21 @@ def create_study(
         device=where,
         accept_changed=accept_changed,
     )
+
+
+def _argument_faults(names: Mapping[str, object], tunings: Mapping[str, object]) -> list[str]:
+    """Find texts in place of lists, whose letters would be taken for names, and settings that are none."""
+    faults = [
+        f"{name} is {given!r}, a single text; it must be a list: [{given!r}]."
+        for name, given in names.items()
+        if isinstance(given, str)
+    ]
+    faults += [
+        f"{name} is {given!r}; it must be a FineTune: FineTune(epochs=3)."
+        for name, given in tunings.items()
+        if not isinstance(given, FineTune | None)
+    ]
+    return faults
 
 
 def load_study(

@@ -162,6 +162,7 @@ def train_by(
     if settings.epochs == 0:
         return Trained(before)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
     device = next(model.parameters()).device
     folder.mkdir(parents=True, exist_ok=True)
     curve = _LearningCurve(folder / _CURVE, before, settings.epochs, after_epoch)
@@ -191,6 +192,9 @@ def train_by(
             f"Task.training ({name}) {fault}. It is to change the weights of "
             "the model in place, and nothing else."
         )
+    # A layer that the function froze is for the next stage as it would be if it were read from the disk.
+    for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
+        parameter.requires_grad_(requires_grad)
     after = task.score(model.eval())
     if after < before - task.standard_error(before):
         model.load_state_dict(state)
@@ -209,6 +213,8 @@ def _fault_of(state: dict[str, Tensor], before: dict[str, Tensor], device: torch
     for name, tensor in state.items():
         if tensor.device.type != device.type:
             return f"left {name} on {tensor.device}, not on {device}"
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.dtype != before[name].dtype:
+            return f"left {name} as {tensor.dtype}, not as {before[name].dtype}"
+        if tensor.is_floating_point() and not tensor.isfinite().all() and before[name].isfinite().all():
             return f"left values in {name} that are not finite"
     return None

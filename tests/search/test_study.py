@@ -16,6 +16,7 @@ import pytest
 import torch
 from optuna.study import StudyDirection
 from rich.console import Console
+from torch import nn
 
 from compress_search.exceptions import (
     ConfigError,
@@ -301,6 +302,7 @@ def test_another_task_is_refused_by_what_differs(create, tiny_task, tiny_net, tm
         "task.model": tiny_task(model=tiny_net(seed=1)),
         "task.validation": tiny_task(validation=tiny_task().train),
         "task.evaluate": tiny_task(evaluate=evaluate),
+        "task.loss": tiny_task(loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
     }
     for field, task in others.items():
         open_again = (
@@ -482,6 +484,16 @@ def test_bad_input_is_refused_before_anything_is_written(create, tiny_task, tmp_
         create(task=tiny_task(evaluate=lambda model, loader: float("nan")))
     with pytest.raises(StudyError, match="It has none"):
         load_study("first", workspace=tmp_path)
+    with pytest.raises(ConfigError, match="3 faults") as caught:
+        create(methods="spatial_svd", ignore="stem.*", fine_tune={"epochs": 3})
+    assert [fault.partition(";")[0] for fault in caught.value.faults] == [
+        "methods is 'spatial_svd', a single text",
+        "ignore is 'stem.*', a single text",
+        "fine_tune is {'epochs': 3}",
+    ]
+    for n_trials in ("3", 1.5):
+        with pytest.raises(StudyError, match=f"n_trials is {n_trials!r}; .* must be a whole number"):
+            create().optimize(n_trials)
     with pytest.raises(StudyError, match="n_trials is 0"):
         create().optimize(0)
 

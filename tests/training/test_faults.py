@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_search.exceptions import TrainingError
+from compress_search.exceptions import EvaluationError, TrainingError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
@@ -147,8 +147,29 @@ def test_where_not_even_one_example_fits_the_training_ends_with_its_reason(tiny_
         train(tiny_task(), Small(tiny_net(), 0, error))
 
 
-def test_another_runtime_error_is_shown_as_it_is(tiny_task, tiny_net):
-    with pytest.raises(RuntimeError, match="another"):
+def test_a_mask_of_infinite_values_is_no_fault(tiny_task, tiny_net):
+    model = tiny_net()
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    train(tiny_task(), model)
+    assert model.mask[1] == -torch.inf
+
+
+def test_a_statistic_that_is_not_finite_is_a_fault(tiny_task, tiny_net):
+    model = tiny_net()
+    model[1].running_mean[0] = torch.nan
+    with pytest.raises(TrainingError, match="weights are not finite after epoch 1"):
+        train(tiny_task(), model)
+
+
+def test_an_evaluation_that_raises_is_told_with_its_epoch(tiny_task, tiny_net):
+    scores = iter([0.5, 0.6])
+    words = r"^In fine-tuning, after epoch 2: evaluate \(<lambda>\) raised StopIteration"
+    with pytest.raises(EvaluationError, match=words):
+        train(tiny_task(evaluate=lambda model, loader: next(scores)), tiny_net())
+
+
+def test_another_runtime_error_is_told_with_its_place(tiny_task, tiny_net):
+    with pytest.raises(TrainingError, match="raised RuntimeError at batch 1 of epoch 1: another"):
         train(tiny_task(), Small(tiny_net(), 0, RuntimeError("another")))
 
 

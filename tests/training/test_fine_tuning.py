@@ -132,7 +132,7 @@ def test_without_distillation_the_teacher_is_not_asked(tiny_task):
 
     task = tiny_task()
     run(task.build_model(), Refusing(), task, PLAIN)
-    with pytest.raises(AssertionError, match="asked"):
+    with pytest.raises(TrainingError, match="asked"):
         run(task.build_model(), Refusing(), task, changed(PLAIN, distillation=0.5))
 
 
@@ -369,10 +369,15 @@ def test_a_loss_that_cannot_take_what_training_returns_is_named(tiny_task, tiny_
         run(task.build_model(), None, task, PLAIN)
 
 
-def test_another_fault_of_the_loss_is_shown_as_it_is(tiny_task):
+def test_another_fault_of_the_loss_is_told_with_its_place(tiny_task):
+    calls = []
+
     def loss(outputs, targets):
-        raise ZeroDivisionError
+        calls.append(outputs)
+        if len(calls) == 2:
+            raise ZeroDivisionError("no weight")
+        return outputs.mean()
 
     task = tiny_task(loss=loss)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(TrainingError, match="raised ZeroDivisionError at batch 2 of epoch 1: no weight"):
         run(task.build_model(), None, task, PLAIN)

@@ -19,9 +19,9 @@ from compress_search.workspace import Workspace
 
 @pytest.fixture
 def train(tiny_task, tiny_net, tmp_path):
-    def run(training, settings=None, *, after_epoch=None, **changes):
+    def run(training, settings=None, *, after_epoch=None, make_model=tiny_net, **changes):
         task = tiny_task(training=training, **changes)
-        model = tiny_net()
+        model = make_model()
         trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
         done = trainer.train(
             model,
@@ -110,17 +110,48 @@ def exploding(model, job):
     nn.init.constant_(model[0].weight, float("nan"))
 
 
+def halving(model, job):
+    model.bfloat16()
+
+
 @pytest.mark.parametrize(
     ("training", "words"),
     [
         (raising, r"Task\.training \(raising\) raised ValueError: no"),
         (growing, r"other tensors than it was given \(more\.bias, for example\)"),
         (exploding, r"left values in 0\.weight that are not finite"),
+        (halving, r"left 0\.weight as torch\.bfloat16, not as torch\.float32"),
     ],
 )
 def test_what_it_does_wrong_is_told(train, training, words):
     with pytest.raises(TrainingError, match=words):
         train(training)
+
+
+def test_what_it_froze_is_free_again_for_the_next_stage(train, tiny_net):
+    def freezing(model, job):
+        model[0].requires_grad_(False)
+        model[1].requires_grad_(True)
+
+    def frozen():
+        model = tiny_net()
+        model[1].requires_grad_(False)
+        return model
+
+    model, _, _ = train(freezing, make_model=frozen)
+    wanted = [parameter.requires_grad for parameter in frozen().parameters()]
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert not all(wanted)
+
+
+def test_a_mask_of_infinite_values_is_no_fault(train, tiny_net):
+    def masked():
+        model = tiny_net()
+        model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        return model
+
+    model, _, _ = train(by_hand, make_model=masked)
+    assert model.mask[1] == -torch.inf
 
 
 def telling(*told):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,6 +173,37 @@ def test_a_compiled_model_learns_the_same(tiny_task, tiny_net):
 # What a task does not allow is said before any work
 
 
+MADE = ("unlabelled", "frozen", "wrapped")
+"""Changes of a task that are made of it."""
+
+
+class InADict(nn.Module):
+    """Returns what a model does in a dictionary, as segmentation networks of torchvision do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return {"out": self.model(inputs)}
+
+
+def test_data_that_no_seed_reaches_are_told_once_and_accepted(tiny_task, caplog):
+    class Noisy(list):
+        noise = np.random.default_rng()
+
+        def __iter__(self):
+            for inputs, labels in super().__iter__():
+                yield inputs + torch.as_tensor(self.noise.normal(size=inputs.shape)).float(), labels
+
+    task = tiny_task()
+    check_training(task, [FineTune()], CPU)
+    assert not caplog.records
+    check_training(replace(task, train=Noisy(task.train)), [FineTune(), FineTune(epochs=3)], CPU)
+    (record,) = caplog.records
+    assert "The first batch of train is another one each time, even under the same seed" in record.message
+
+
 @pytest.mark.parametrize(
     ("settings", "changes", "words"),
     [
@@ -181,12 +215,18 @@ def test_a_compiled_model_learns_the_same(tiny_task, tiny_net):
         ),
         ({"precision": "float16"}, {}, r"precision is 'float16', but the model is trained on cpu"),
         ({"options": {"a": 1}}, {}, r"options is \{'a': 1\}.*Task\(training=\.\.\.\)"),
+        ({}, {"frozen": True}, r"no parameter of the model requires a gradient.*requires_grad_\(\)"),
+        ({}, {"wrapped": True}, r"returns a dict, which cannot be distilled.*distillation to 0"),
     ],
 )
 def test_what_the_task_does_not_allow_is_refused(tiny_task, settings, changes, words):
-    if changes.pop("unlabelled", False):
-        changes["train"] = [inputs for inputs, _ in tiny_task().train]
-    task = tiny_task(**changes)
+    task = tiny_task(**{name: change for name, change in changes.items() if name not in MADE})
+    if "unlabelled" in changes:
+        task = replace(task, train=[inputs for inputs, _ in task.train])
+    if "frozen" in changes:
+        task = replace(task, model=task.build_model().requires_grad_(False))
+    if "wrapped" in changes:
+        task = replace(task, model=InADict(task.build_model()))
     with pytest.raises(TaskError, match=words):
         check_training(task, [None, FineTune(epochs=0, **settings), FineTune(**settings)], CPU)
     check_training(task, [None, FineTune(epochs=0, **settings)], CPU)
