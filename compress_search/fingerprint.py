@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 _EXAMPLES = 16
 
@@ -130,17 +130,31 @@ def _first_batch_hash(loader: Iterable[Any]) -> str:
 
 def _examples_hash(loader: Any) -> str | None:
     """Hash examples of what a loader draws from; ``None`` if they cannot be asked for."""
-    data = loader if isinstance(loader, list | tuple) else getattr(loader, "dataset", None)
+    if isinstance(loader, list | tuple):
+        return _hash_of(loader)
+    data = getattr(loader, "dataset", None)
     if isinstance(data, TensorDataset):
         return _hash_of(data.tensors)
     try:
         count = len(data)  # type: ignore[arg-type]
-        places = range(count) if data is loader else range(0, count, max(1, count // _EXAMPLES))
         with seeded(0):
-            return _hash_of(data[place] for place in places)  # type: ignore[index]
+            return _hash_of(_examples_at(range(0, count, max(1, count // _EXAMPLES)), data, loader))
     except Exception:
         # Whatever a data set raises that is a stream, or wants to be asked for whole batches.
         return None
+
+
+def _examples_at(places: Sequence[int], data: Any, loader: Any) -> Iterable[Any]:
+    if getattr(loader, "num_workers", 0) == 0:
+        return (data[place] for place in places)
+    # Files that a data set opens when it is first asked must not be shared with workers forked later.
+    return DataLoader(
+        Subset(data, places),
+        num_workers=1,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
 
 
 def _hash_of(values: Iterable[Any]) -> str:

@@ -153,6 +153,22 @@ def test_labels_of_examples_further_on_matter():
     assert data_fingerprint(DataLoader(Numbered())) == data_fingerprint(DataLoader(Numbered()))
 
 
+def test_a_data_set_with_workers_is_asked_in_a_worker():
+    class Remembering(Numbered):
+        asked = ()
+
+        def __getitem__(self, index):
+            self.asked = (*self.asked, index)
+            return super().__getitem__(index)
+
+    def fingerprint(data):
+        return data_fingerprint(DataLoader(data, batch_size=4, num_workers=1))
+
+    data = Remembering()
+    assert fingerprint(data) == fingerprint(Numbered()) != fingerprint(Numbered(changed=40))
+    assert data.asked == ()
+
+
 def test_a_pass_by_workers_that_persist_is_seeded_like_any_other():
     loader = DataLoader(Noise(), batch_size=2, num_workers=1, persistent_workers=True)
     drawn = []
