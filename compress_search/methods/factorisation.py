@@ -217,10 +217,12 @@ class FactorisationAnalysis:
     def _refits(self, model: nn.Module, splits: Mapping[str, KernelSplit]) -> list[Refit]:
         """The second factors, and the dense layers after the first of them: they get other inputs now."""
         refits: list[Refit] = []
+        # Not the same as having refits: a transposed convolution changes what follows, and has none itself.
+        changed = False
         for layer in self.profile.layers:
             if layer.name in splits:
-                name = f"{layer.name}.{splits[layer.name].names[1]}"
-            elif refits and layer.name not in self.ignore:
+                name, changed = f"{layer.name}.{splits[layer.name].names[1]}", True
+            elif changed and layer.name not in self.ignore:
                 name = layer.name
             else:
                 continue
