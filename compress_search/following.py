@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress_search.pausing import Notes, notes_of_pass
-from compress_search.profile import CONVOLUTIONS, inference_mode_of
+from compress_search.profile import CONVOLUTIONS, inference_mode_of, is_plain
 
 _aten = torch.ops.aten
 _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
@@ -313,7 +313,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if self._find(output) is None:
             known = _Known(output, output._version)
-            if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_plain(module):
                 known.layer = name
             elif isinstance(module, _BatchNorm) and module.running_var is not None:
                 before = self._find(inputs[0])

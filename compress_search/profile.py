@@ -95,6 +95,40 @@ class ModelProfile:
         return html_table((head, *rows), right=head[2:], caption=caption)
 
 
+def base_of(layer: nn.Module) -> type[nn.Module]:
+    """Which of :data:`COUNTED_LAYERS` a layer is, or is derived from."""
+    return next(kind for kind in COUNTED_LAYERS if isinstance(layer, kind))
+
+
+def oddity_of(layer: nn.Module) -> str:
+    """Say what a counted layer is that is not plainly PyTorch's; empty for one that is.
+
+    Only of a plain layer is it known that its outputs are what its weight, bias and geometry make of its
+    inputs. Any other is counted, and otherwise left alone.
+
+    Args:
+        layer: One of :data:`COUNTED_LAYERS`.
+
+    Returns:
+        Words such as ``"a Linear with a forward of its own"``.
+    """
+    kind, base = type(layer).__name__, base_of(layer)
+    # The second one is what convolutions leave to subclasses to override.
+    for name in ("forward", "_conv_forward"):
+        if name in vars(layer) or getattr(type(layer), name, None) is not getattr(base, name, None):
+            return f"a {kind} with a forward of its own"
+    # Weight norm, spectral norm and pruning masks keep other parameters and compute these from them.
+    own = layer._parameters
+    if not isinstance(own.get("weight"), nn.Parameter) or "bias" not in own:
+        return f"a {kind} whose weight or bias is computed from other parameters"
+    return ""
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a module is one of :data:`COUNTED_LAYERS` without an oddity, see :func:`oddity_of`."""
+    return isinstance(layer, COUNTED_LAYERS) and not oddity_of(layer)
+
+
 def layer_macs(layer: nn.Module, input_shape: Shape, output_shape: Shape) -> int:
     """MACs of one call of a convolution, transposed convolution or linear layer.
 

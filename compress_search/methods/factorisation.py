@@ -20,7 +20,7 @@ from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
-from compress_search.profile import LayerProfile, ModelProfile, profile_model
+from compress_search.profile import LayerProfile, ModelProfile, oddity_of, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
 
 logger = logging.getLogger("compress_search")
@@ -158,7 +158,11 @@ class FactorisationAnalysis:
     def _split_or_reason(self, layer: LayerProfile) -> KernelSplit | str:
         if layer.name in self.ignore:
             return "you asked to leave it alone"
-        split = self.split_of(self.model.get_submodule(layer.name))
+        module = self.model.get_submodule(layer.name)
+        oddity = oddity_of(module)
+        if oddity:
+            return f"it is {oddity}"
+        split = self.split_of(module)
         if isinstance(split, KernelSplit) and split.macs_per_rank(layer) >= layer.macs:
             return "rank 1 already costs as many MACs as the layer itself"
         return split

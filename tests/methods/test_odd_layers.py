@@ -1,0 +1,163 @@
+"""Layers that are more than weight and bias: counted, left alone with a reason, and never in the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune, spectral_norm
+
+from compress_search import Compress, compress
+from compress_search.calibration import divergence
+from compress_search.methods import METHODS
+from compress_search.profile import profile_model
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Weight standardisation, as in BiT."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class PaddingConv2d(nn.Conv2d):
+    """Pads by itself, as timm's Conv2dSame does."""
+
+    def forward(self, x):
+        return super().forward(functional.pad(x, (0, 1, 0, 1)))
+
+
+class OverridingConv2d(nn.Conv2d):
+    """Overrides what convolutions leave to their subclasses."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+def _conv_with_norm_inside():
+    class Conv2d(nn.Conv2d):
+        """Of the same name as PyTorch's, as in detectron2."""
+
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.norm = nn.BatchNorm2d(self.out_channels)
+
+        def forward(self, x):
+            return functional.relu(self.norm(super().forward(x)))
+
+    return Conv2d(8, 8, 3, padding=1)
+
+
+def _patched():
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    layer.forward = lambda x: 2 * nn.Conv2d.forward(layer, x)
+    return layer
+
+
+def _masked(name):
+    return prune.l1_unstructured(nn.Conv2d(8, 8, 3, padding=1), name, amount=0.3)
+
+
+OWN_FORWARD = {
+    "weight standardisation": lambda: StandardisedConv2d(8, 8, 3, padding=1),
+    "padding": lambda: PaddingConv2d(8, 8, 3, stride=2),
+    "own _conv_forward": lambda: OverridingConv2d(8, 8, 3, padding=1),
+    "norm inside": _conv_with_norm_inside,
+    "patched": _patched,
+}
+COMPUTED = {
+    "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "old spectral norm": lambda: spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "masked weight": lambda: _masked("weight"),
+    "masked bias": lambda: _masked("bias"),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+class Net(nn.Module):
+    """Plain layers before and after an odd one."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.before, self.odd = nn.Conv2d(3, 8, 3, padding=1), odd
+        self.after, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.odd(functional.relu(self.before(x))))
+        return self.head(functional.relu(self.after(x)).mean((2, 3)))
+
+
+def _net(odd):
+    torch.manual_seed(0)
+    model = Net(odd()).train()
+    for _ in range(3):
+        model(torch.randn(8, 3, 8, 8))
+    return model.eval()
+
+
+@every_method
+@pytest.mark.parametrize("kind", OWN_FORWARD | COMPUTED)
+def test_an_odd_layer_is_left_alone_and_the_others_are_not(method, kind):
+    model, batches = _net((OWN_FORWARD | COMPUTED)[kind]), list(torch.randn(5, 16, 3, 8, 8))
+    analysis = METHODS[method].analyse(model, batches[0])
+    why = "with a forward of its own" if kind in OWN_FORWARD else "is computed from other parameters"
+    assert why in analysis.left_alone["odd"] and type(model.odd).__name__ in analysis.left_alone["odd"]
+    assert "after" in {unit.name for unit in analysis.units}
+    assert analysis.profile.layer("odd").macs > 0
+
+    full = analysis.apply({unit.name: unit.full_size for unit in analysis.units}, batches)
+    assert divergence(full.model, model, batches) < 1e-9
+    compressed = compress(model, batches[0], batches, Compress(method=method, mac_ratio=0.85))
+    counted = profile_model(compressed.model, batches[0])
+    assert compressed.step.mac_ratio == counted.macs / analysis.profile.macs <= 0.85
+    assert "odd" not in {edit.layer for edit in compressed.step.edits}
+    for name, value in model.odd.state_dict().items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(compressed.model.odd.state_dict()[name], value)
+
+
+@every_method
+def test_a_linear_layer_that_adds_something_is_left_alone(method):
+    class Linear(nn.Linear):
+        """As loralib's."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.down = nn.Parameter(torch.randn(2, self.in_features))
+            self.up = nn.Parameter(torch.randn(self.out_features, 2))
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.down.T @ self.up.T
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    analysis = METHODS[method].analyse(model, torch.zeros(1, 16))
+    assert "a Linear with a forward of its own" in analysis.left_alone["2"]
+    assert "2" not in {unit.name for unit in analysis.units}
+
+
+@every_method
+def test_a_subclass_that_changes_nothing_is_compressed(method):
+    class Initialised(nn.Conv2d):
+        def reset_parameters(self):
+            nn.init.normal_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    model, batches = _net(lambda: Initialised(8, 8, 3, padding=1)), list(torch.randn(5, 16, 3, 8, 8))
+    analysis = METHODS[method].analyse(model, batches[0])
+    assert "odd" in {unit.name for unit in analysis.units}
+    compressed = analysis.apply({"odd": 2}, batches)
+    assert profile_model(compressed.model, batches[0]).macs == analysis.predict_macs({"odd": 2})
+
+
+@every_method
+def test_pruning_into_an_odd_layer_leaves_what_feeds_it(method):
+    analysis = METHODS[method].analyse(_net(_conv_with_norm_inside), torch.zeros(1, 3, 8, 8))
+    is_sized = "before" in {unit.name for unit in analysis.units}
+    assert is_sized == (method != "channel_pruning")
+    if not is_sized:
+        wanted = "its channels meet a Conv2d with a forward of its own (odd)"
+        assert analysis.left_alone["before"] == wanted
