@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from compress_search.exceptions import ModelError
@@ -167,12 +168,13 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
     modules: dict[str, nn.Module] = {}
     watcher = _UncountedOperations(names)
 
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name = names[module]
         modules[name] = module
-        calls.setdefault(name, []).append((tuple(inputs[0].shape), tuple(output.shape)))
+        calls.setdefault(name, []).append((_shape(first_given(inputs, kwargs)), _shape(output)))
 
-    hooks = [m.register_forward_hook(record) for m in names if isinstance(m, COUNTED_LAYERS)]
+    counted = [module for module in names if isinstance(module, COUNTED_LAYERS)]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in counted]
     try:
         with inference_mode_of(model), watcher.watching(), watcher:
             model(example_input[:1])
@@ -207,6 +209,24 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
         uncounted=tuple(watcher.found),
         idle=idle,
     )
+
+
+def first_given(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is given first in a call, by position or, as in ``self.conv(input=x)``, by name.
+
+    Args:
+        inputs: What a hook is told of it by position.
+        kwargs: And by name; :mod:`torch.nn` calls the first one ``input``.
+
+    Returns:
+        ``None`` where it is given nothing.
+    """
+    return inputs[0] if inputs else kwargs.get("input", next(iter(kwargs.values()), None))
+
+
+def _shape(value: Any) -> Shape:
+    """The shape of a tensor, or of the first one where a layer that is not plain takes or gives several."""
+    return next((tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), ())
 
 
 def _layer_profile(name: str, layer: nn.Module, calls: Sequence[tuple[Shape, Shape]]) -> LayerProfile:

@@ -161,3 +161,38 @@ def test_pruning_into_an_odd_layer_leaves_what_feeds_it(method):
     if not is_sized:
         wanted = "its channels meet a Conv2d with a forward of its own (odd)"
         assert analysis.left_alone["before"] == wanted
+
+
+class Residual(nn.Module):
+    """A block, and a layer that is run twice, which are given their inputs by position or by name."""
+
+    def __init__(self, *, by_name):
+        super().__init__()
+        self.by_name = by_name
+        self.stem, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.other = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def _run(self, layer, x):
+        return layer(input=x) if self.by_name else layer(x)
+
+    def forward(self, x):
+        x = functional.relu(self._run(self.stem, x))
+        x = functional.relu(x + self._run(self.norm, self._run(self.one, x)))
+        for _ in range(2):
+            x = functional.relu(self._run(self.other, x))
+        return self._run(self.head, x.mean((2, 3)))
+
+
+@every_method
+@pytest.mark.parametrize("samples", [0, 64])
+def test_layers_given_their_input_by_name_are_compressed_like_any_other(method, samples):
+    batches = list(torch.randn(4, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    models = []
+    for by_name in (False, True):
+        torch.manual_seed(0)
+        model = Residual(by_name=by_name).eval()
+        stage = Compress(method=method, mac_ratio=0.6)
+        models.append(compress(model, batches[0], batches if samples else [], stage).model)
+    for value, wanted in zip(models[1].state_dict().values(), models[0].state_dict().values(), strict=True):
+        assert torch.equal(value, wanted)
