@@ -50,6 +50,12 @@ class LayerProfile:
     macs: int
     params: int
 
+    @property
+    def is_batched(self) -> bool:
+        """Whether every call has a batch axis; a convolution also takes an example without one."""
+        dimensions = len(self.weight_shape)
+        return dimensions == 2 or all(len(before) == dimensions for before, _ in self.calls)
+
 
 @dataclass(frozen=True)
 class ModelProfile:

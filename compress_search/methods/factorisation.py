@@ -16,7 +16,7 @@ from compress_search.methods.factorisation_trial import faults_of_factorising
 from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import Factors, factorise
-from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.method import DID_NOT_RUN, UNBATCHED, Compressed, Imitation, Sizes, Unit
 from compress_search.methods.on_demand import OnDemand
 from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
@@ -199,6 +199,8 @@ class FactorisationAnalysis:
         oddity = oddity_of(module)
         if oddity:
             return f"it is {oddity}"
+        if not layer.is_batched:
+            return f"it is given {UNBATCHED}"
         split = self.split_of(module)
         if isinstance(split, KernelSplit) and split.macs_per_rank(layer) >= layer.macs:
             return "rank 1 already costs as many MACs as the layer itself"
@@ -267,7 +269,7 @@ class FactorisationAnalysis:
                 name = layer.name
             else:
                 continue
-            if has_patches(model, name):
+            if layer.is_batched and has_patches(model, name):
                 refits.append(Refit(name, source=layer.name, calls=len(layer.calls)))
         return refits
 

@@ -196,3 +196,40 @@ def test_layers_given_their_input_by_name_are_compressed_like_any_other(method, 
         models.append(compress(model, batches[0], batches if samples else [], stage).model)
     for value, wanted in zip(models[1].state_dict().values(), models[0].state_dict().values(), strict=True):
         assert torch.equal(value, wanted)
+
+
+class OneByOne(nn.Module):
+    """Runs two of its convolutions on one example at a time, without a batch axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.other, self.tail = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.stem(x))
+        x = torch.stack([functional.relu(self.other(functional.relu(self.one(image)))) for image in x])
+        return self.head(functional.relu(self.tail(x)).mean((2, 3)))
+
+
+@every_method
+@pytest.mark.parametrize("samples", [0, 48])
+def test_a_convolution_without_a_batch_axis_is_left_alone(method, samples):
+    torch.manual_seed(0)
+    model = OneByOne().eval()
+    batches = list(torch.randn(3, 16, 3, 8, 8)) if samples else []
+    analysis = METHODS[method].analyse(model, torch.zeros(1, 3, 8, 8))
+    assert analysis.profile.layer("one").macs == 8 * 8 * 9 * 64
+    wanted = "its channels go to other, which is" if method == "channel_pruning" else "it is"
+    assert analysis.left_alone["one"] == f"{wanted} given inputs without a batch axis"
+    names = {unit.name for unit in analysis.units}
+    assert "tail" in names and "one" not in names
+    full = analysis.apply({unit.name: unit.full_size for unit in analysis.units}, batches)
+    inputs = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(full.model(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+    stage = Compress(method=method, mac_ratio=0.85)
+    compressed = compress(model, torch.zeros(1, 3, 8, 8), batches, stage)
+    counted = profile_model(compressed.model, inputs)
+    assert compressed.step.mac_ratio == counted.macs / analysis.profile.macs <= 0.85
