@@ -18,7 +18,7 @@ from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.divergence import Divergence, divergence_of
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
-from compress_search.profile import CONVOLUTIONS, inference_mode_of
+from compress_search.profile import CONVOLUTIONS, first_given, inference_mode_of
 from compress_search.sampled_rows import RowSampling, SampledRows, most_rows
 
 logger = logging.getLogger("compress_search")
@@ -113,10 +113,13 @@ def _gram_matrices(
     wide = {name: RowSampling(layer) for name, layer in layers.items() if is_wide(layer)}
     sums = {name: MomentSums(layer, has_bias=True) for name, layer in layers.items() if name not in wide}
 
-    def accumulate(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: (sums.get(name) or wide[name]).add(inputs[0])
+    def accumulate(name: str) -> Callable[[Any, Any, Any, Any], None]:
+        moments = sums.get(name) or wide[name]
+        return lambda module, inputs, kwargs, output: moments.add(first_given(inputs, kwargs))
 
-    hooks = [model.get_submodule(name).register_forward_hook(accumulate(name)) for name in layers]
+    hooks = [
+        model.get_submodule(name).register_forward_hook(accumulate(name), with_kwargs=True) for name in layers
+    ]
     try:
         run(model, batches)
     finally:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress_search.pausing import Notes, notes_of_pass
-from compress_search.profile import CONVOLUTIONS, inference_mode_of
+from compress_search.profile import CONVOLUTIONS, first_given, inference_mode_of, is_plain
 
 _aten = torch.ops.aten
 _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
@@ -141,8 +141,8 @@ def noting(model: nn.Module, places: Collection[Place], outside: Notes) -> Itera
     """
 
     def note(place: Place) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, *output: Any) -> None:
-            notes_of_pass(outside)[place] = inputs[0] if place.is_input else output[0]
+        def hook(module: nn.Module, inputs: Any, kwargs: Any, *output: Any) -> None:
+            notes_of_pass(outside)[place] = first_given(inputs, kwargs) if place.is_input else output[0]
 
         return hook
 
@@ -150,7 +150,7 @@ def noting(model: nn.Module, places: Collection[Place], outside: Notes) -> Itera
         for place in places:
             module = model.get_submodule(place.module)
             register = module.register_forward_pre_hook if place.is_input else module.register_forward_hook
-            stack.callback(register(note(place)).remove)
+            stack.callback(register(note(place), with_kwargs=True).remove)
         yield
 
 
@@ -206,8 +206,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Hooks in all modules until the stack is closed."""
         stack = ExitStack()
         for module in self._names:
-            stack.callback(module.register_forward_pre_hook(self._begins).remove)
-            stack.callback(module.register_forward_hook(self._ends).remove)
+            stack.callback(module.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._ends, with_kwargs=True).remove)
         return stack
 
     def hand_out(self, outputs: Any) -> None:
@@ -298,25 +298,26 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._remember(_Known(result, version, end.layer, end.normalisations, places, end))
                 return
 
-    def _begins(self, module: nn.Module, inputs: Any) -> None:
+    def _begins(self, module: nn.Module, inputs: Any, kwargs: Any) -> None:
         name = self._names[module]
         self._time += 1
         self._calls[name] = self._calls.get(name, 0) + 1
         self._begun[name] = self._time
-        if inputs and isinstance(inputs[0], Tensor):
-            self._given[name] = self._note(inputs[0], Place(name, is_input=True))
+        given = first_given(inputs, kwargs)
+        if isinstance(given, Tensor):
+            self._given[name] = self._note(given, Place(name, is_input=True))
 
-    def _ends(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _ends(self, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         name = self._names[module]
         self._time += 1
         if not isinstance(output, Tensor):
             return
         if self._find(output) is None:
             known = _Known(output, output._version)
-            if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_plain(module):
                 known.layer = name
             elif isinstance(module, _BatchNorm) and module.running_var is not None:
-                before = self._find(inputs[0])
+                before = self._find(first_given(inputs, kwargs))
                 if before is not None and before.layer is not None and not before.beside:
                     known.layer, known.before = before.layer, before
                     known.normalisations = (*before.normalisations, name)

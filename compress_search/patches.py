@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress_search.exceptions import ModelError
-from compress_search.profile import CONVOLUTIONS
+from compress_search.profile import CONVOLUTIONS, is_plain
 
 
 def input_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -48,8 +48,9 @@ def input_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def has_patches(model: nn.Module, layer: str) -> bool:
-    """Whether :func:`input_patches` is defined for the layer of that name."""
-    return isinstance(model.get_submodule(layer), (*CONVOLUTIONS, nn.Linear))
+    """Whether :func:`input_patches` is defined for the layer of that name, and its outputs come of them."""
+    module = model.get_submodule(layer)
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_plain(module)
 
 
 def output_rows(layer: nn.Module, outputs: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from compress_search.profile import first_given
+
 
 class CannotPauseError(Exception):
     """The model's forward pass is within a block that must not be left for another pass."""
@@ -96,7 +98,9 @@ class PausablePass:
 @contextmanager
 def pausing_before(layer: nn.Module) -> Iterator[None]:
     """Let passes that reach the layer within the block wait there; each hands over the layer's input."""
-    hook = layer.register_forward_pre_hook(lambda _, inputs: _hand_over(inputs[0]))
+    hook = layer.register_forward_pre_hook(
+        lambda _, inputs, kwargs: _hand_over(first_given(inputs, kwargs)), with_kwargs=True
+    )
     try:
         yield
     finally:

@@ -70,13 +70,17 @@ class FactoriseLayer:
     parts: tuple[Part, ...]
 
     def apply(self, model: nn.Module) -> None:
-        """Make the change in ``model``, in place. The new weights are PyTorch's initial ones."""
+        """Make the change in ``model``, in place.
+
+        The new weights are PyTorch's initial ones, and are trained or frozen as the layer's own were.
+        """
         old = _submodule(model, self.layer)
         weight = getattr(old, "weight", None)
         if not isinstance(weight, nn.Parameter):
             raise _misfit(f"factorises {self.layer!r}, a {type(old).__name__} without a weight")
         new = nn.Sequential(OrderedDict((part.name, part.build(weight)) for part in self.parts))
         new.train(old.training)
+        _freeze_alike(new, old, weight)
         # A module that the network uses under several names is replaced under each of them.
         for parent in list(model.modules()):
             for child, module in list(parent._modules.items()):
@@ -255,6 +259,15 @@ def apply_plan(model: nn.Module, plan: CompressionPlan) -> nn.Module:
             edit.apply(compressed)
     part()
     return compressed
+
+
+def _freeze_alike(new: nn.Module, old: nn.Module, weight: nn.Parameter) -> None:
+    """Let what somebody froze in the layer stay frozen: its weight, and by itself its bias."""
+    bias = getattr(old, "bias", None)
+    like_bias = bias if isinstance(bias, nn.Parameter) else weight
+    for name, parameter in new.named_parameters():
+        like = like_bias if name.endswith(".bias") else weight
+        parameter.requires_grad_(like.requires_grad)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

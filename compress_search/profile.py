@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from compress_search.exceptions import ModelError
@@ -48,6 +49,12 @@ class LayerProfile:
     calls: tuple[tuple[Shape, Shape], ...]
     macs: int
     params: int
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether every call has a batch axis; a convolution also takes an example without one."""
+        dimensions = len(self.weight_shape)
+        return dimensions == 2 or all(len(before) == dimensions for before, _ in self.calls)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,40 @@ class ModelProfile:
         return html_table((head, *rows), right=head[2:], caption=caption)
 
 
+def base_of(layer: nn.Module) -> type[nn.Module]:
+    """Which of :data:`COUNTED_LAYERS` a layer is, or is derived from."""
+    return next(kind for kind in COUNTED_LAYERS if isinstance(layer, kind))
+
+
+def oddity_of(layer: nn.Module) -> str:
+    """Say what a counted layer is that is not plainly PyTorch's; empty for one that is.
+
+    Only of a plain layer is it known that its outputs are what its weight, bias and geometry make of its
+    inputs. Any other is counted, and otherwise left alone.
+
+    Args:
+        layer: One of :data:`COUNTED_LAYERS`.
+
+    Returns:
+        Words such as ``"a Linear with a forward of its own"``.
+    """
+    kind, base = type(layer).__name__, base_of(layer)
+    # The second one is what convolutions leave to subclasses to override.
+    for name in ("forward", "_conv_forward"):
+        if name in vars(layer) or getattr(type(layer), name, None) is not getattr(base, name, None):
+            return f"a {kind} with a forward of its own"
+    # Weight norm, spectral norm and pruning masks keep other parameters and compute these from them.
+    own = layer._parameters
+    if not isinstance(own.get("weight"), nn.Parameter) or "bias" not in own:
+        return f"a {kind} whose weight or bias is computed from other parameters"
+    return ""
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a module is one of :data:`COUNTED_LAYERS` without an oddity, see :func:`oddity_of`."""
+    return isinstance(layer, COUNTED_LAYERS) and not oddity_of(layer)
+
+
 def layer_macs(layer: nn.Module, input_shape: Shape, output_shape: Shape) -> int:
     """MACs of one call of a convolution, transposed convolution or linear layer.
 
@@ -133,12 +174,13 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
     modules: dict[str, nn.Module] = {}
     watcher = _UncountedOperations(names)
 
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name = names[module]
         modules[name] = module
-        calls.setdefault(name, []).append((tuple(inputs[0].shape), tuple(output.shape)))
+        calls.setdefault(name, []).append((_shape(first_given(inputs, kwargs)), _shape(output)))
 
-    hooks = [m.register_forward_hook(record) for m in names if isinstance(m, COUNTED_LAYERS)]
+    counted = [module for module in names if isinstance(module, COUNTED_LAYERS)]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in counted]
     try:
         with inference_mode_of(model), watcher.watching(), watcher:
             model(example_input[:1])
@@ -173,6 +215,24 @@ def profile_model(model: nn.Module, example_input: Tensor, *, warn: bool = False
         uncounted=tuple(watcher.found),
         idle=idle,
     )
+
+
+def first_given(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is given first in a call, by position or, as in ``self.conv(input=x)``, by name.
+
+    Args:
+        inputs: What a hook is told of it by position.
+        kwargs: And by name; :mod:`torch.nn` calls the first one ``input``.
+
+    Returns:
+        ``None`` where it is given nothing.
+    """
+    return inputs[0] if inputs else kwargs.get("input", next(iter(kwargs.values()), None))
+
+
+def _shape(value: Any) -> Shape:
+    """The shape of a tensor, or of the first one where a layer that is not plain takes or gives several."""
+    return next((tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), ())
 
 
 def _layer_profile(name: str, layer: nn.Module, calls: Sequence[tuple[Shape, Shape]]) -> LayerProfile:

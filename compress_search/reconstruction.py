@@ -28,7 +28,7 @@ from compress_search.least_squares import PrimalRegression, Regression, regressi
 from compress_search.memory_layout import has_safe_gradient
 from compress_search.patches import add_to_weights
 from compress_search.pausing import Notes, PausablePass, passes_keep_apart, pausing_after, pausing_before
-from compress_search.profile import inference_mode_of
+from compress_search.profile import first_given, inference_mode_of
 
 logger = logging.getLogger("compress_search")
 
@@ -596,14 +596,15 @@ def _calls(model: nn.Module, layer: nn.Module, batch: Tensor, calls: int) -> lis
     """Run the model as far as the last call of a layer; return the input and output of each call."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = first_given(inputs, kwargs)
         if len(seen) + 1 == calls:
-            seen.append((inputs[0], output))
+            seen.append((given, output))
             raise _Reached
         # What follows may overwrite them in place.
-        seen.append((inputs[0].clone(), output.clone()))
+        seen.append((given.clone(), output.clone()))
 
-    hook = layer.register_forward_hook(record)
+    hook = layer.register_forward_hook(record, with_kwargs=True)
     try:
         model(batch)
     except _Reached:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from compress_search.exceptions import PlanError
-from compress_search.profile import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from compress_search.profile import CONVOLUTIONS, COUNTED_LAYERS, TRANSPOSED_CONVOLUTIONS, is_plain
 
 SIDES = ("inputs", "outputs")
 
@@ -108,6 +108,8 @@ Cutter = Callable[[nn.Module, Sequence[int] | None, Sequence[int] | None], None]
 
 
 def _cutter_of(module: nn.Module) -> Cutter | None:
+    if isinstance(module, COUNTED_LAYERS) and not is_plain(module):
+        return None
     if isinstance(module, CONVOLUTIONS):
         # Groups of one or few channels come and go as wholes; of large groups each loses the same positions.
         many_groups = 1 < module.groups >= module.in_channels // module.groups

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def copy_sharing_weights(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
@@ -27,7 +27,15 @@ def copy_sharing_weights(model: nn.Module) -> tuple[nn.Module, Callable[[], None
         id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter
     }
     shared = set(sharing.values())
-    copied = copy.deepcopy(model, dict(sharing))
+    # Weight norm of the old kind, and pruning masks, leave what they computed last in an attribute: after a
+    # pass with gradients that is no leaf, and only leaves can be copied.
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copied = copy.deepcopy(model, sharing | computed)
 
     def part() -> None:
         for parameter in copied.parameters():

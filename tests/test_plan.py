@@ -117,6 +117,16 @@ def test_parts_are_built_in_the_precision_of_the_layer(tiny_net):
     assert {p.dtype for p in compressed.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, True), (True, False), (False, False)])
+def test_what_was_frozen_stays_frozen(tiny_net, weight, bias):
+    model = tiny_net()
+    model[3].weight.requires_grad_(weight)
+    model[3].bias.requires_grad_(bias)
+    factorised = apply_plan(model, PLAN)[3]
+    wanted = {"vertical.weight": weight, "horizontal.weight": weight, "horizontal.bias": bias}
+    assert {name: p.requires_grad for name, p in factorised.named_parameters()} == wanted
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

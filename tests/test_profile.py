@@ -137,6 +137,30 @@ def test_a_module_used_twice_costs_its_macs_twice_and_its_parameters_once():
     assert only.params == profile.params == 4 * 4 * 9 + 4
 
 
+class ByName(nn.Module):
+    """Gives layers their inputs by name; one of them also returns a pair."""
+
+    class Pair(nn.Linear):
+        def forward(self, hidden, scale=1.0):
+            return super().forward(hidden) * scale, self.bias
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up, self.pair = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 2), self.Pair(2, 6)
+
+    def forward(self, x):
+        x = self.up(output_size=(5, 5), input=self.conv(input=x))
+        return self.pair(hidden=x.mean((2, 3)))[0]
+
+
+def test_layers_may_be_given_their_inputs_by_name():
+    profile = profile_model(ByName(), torch.randn(2, 3, 6, 6))
+    assert profile.layer("conv").calls == (((1, 3, 6, 6), (1, 4, 4, 4)),)
+    assert profile.layer("up").calls == (((1, 4, 4, 4), (1, 2, 5, 5)),)
+    assert profile.layer("pair").calls == (((1, 2), (1, 6)),)
+    assert [layer.macs for layer in profile.layers] == [4 * 3 * 9 * 16, 4 * 2 * 4 * 16, 2 * 6]
+
+
 def test_layer_macs_counts_the_batch_it_is_given():
     assert layer_macs(nn.Linear(3, 2), (5, 3), (5, 2)) == 5 * 6
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from compress_search.weight_sharing import copy_sharing_weights
 
@@ -46,3 +47,12 @@ def test_what_the_copy_has_replaced_is_left_as_it_is_when_they_part():
     own = copied.frozen.weight.data_ptr()
     part()
     assert copied.frozen.weight.data_ptr() == own
+
+
+def test_what_a_layer_computed_with_gradients_does_not_keep_it_from_being_copied():
+    layer = prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+    inputs = torch.randn(2, 4)
+    wanted = layer(inputs)
+    assert not layer.weight.is_leaf
+    copied, _ = copy_sharing_weights(layer)
+    assert torch.equal(copied(inputs), wanted)

@@ -29,7 +29,7 @@ from compress_search.methods.kept_channels import (
     channels_to_keep,
     protected_blocks,
 )
-from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.method import DID_NOT_RUN, UNBATCHED, Compressed, Imitation, Sizes, Unit
 from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
 from compress_search.methods.renumbering import renumbered
@@ -60,7 +60,7 @@ class ChannelPruning:
         profile = profile_model(model, example_input)
         ignored = layers_matching(ignore, profile)
         kept = channels_to_keep(keep_channels, model)
-        coupling = find_coupling(model, example_input, ignore=ignored)
+        coupling = _with_known_inputs(find_coupling(model, example_input, ignore=ignored), profile)
         protected = {group.name: protected_blocks(group, kept) for group in coupling.groups}
         return ChannelPruningAnalysis(model, profile, coupling, ignored, protected)
 
@@ -266,9 +266,26 @@ class ChannelPruningAnalysis:
         return [
             Refit(layer.name, source=layer.name, outputs=outputs.get(layer.name), calls=len(layer.calls))
             for layer in layers
-            if has_patches(self.model, layer.name)
+            if layer.is_batched
+            and has_patches(self.model, layer.name)
             and (layer.name in consumers or layer.name not in self.ignore)
         ]
+
+
+def _with_known_inputs(coupling: Coupling, profile: ModelProfile) -> Coupling:
+    """Leave groups alone whose consumers' inputs cannot be looked at."""
+    unbatched = {layer.name for layer in profile.layers if not layer.is_batched}
+    counted = {layer.name for layer in profile.layers}
+    groups, reasons = [], dict(coupling.reasons)
+    for group in coupling.groups:
+        faulty = [member.layer for member in group.consumers if member.layer in unbatched]
+        if faulty:
+            made = [member.layer for member in group.members if member.side == "outputs"]
+            reason = f"its channels go to {faulty[0]}, which is given {UNBATCHED}"
+            reasons |= {name: reason for name in made if name in counted}
+        else:
+            groups.append(group)
+    return Coupling(tuple(groups), reasons)
 
 
 def _allowed(unit: Unit | None) -> str:

@@ -21,6 +21,7 @@ from compress_search.profile import (
     CONVOLUTIONS,
     COUNTED_LAYERS,
     inference_mode_of,
+    oddity_of,
     training_paths_of,
 )
 from compress_search.surgery import can_keep_channels, carries_channels
@@ -268,9 +269,8 @@ def _traced_group(
         if isinstance(module, _OutputOp):
             fault = fault or "it makes the network's output"
         elif not isinstance(module, nn.Module) or module not in names or not can_keep_channels(module):
-            kind = type(module).__name__ if isinstance(module, nn.Module) else "bare parameter"
             where = names.get(module, target.name)
-            fault = fault or f"its channels meet a {kind} that cannot be cut ({where})"
+            fault = fault or f"its channels meet {_why_it_cannot_be_cut(module)} ({where})"
         else:
             side = "outputs" if is_output or not isinstance(module, COUNTED_LAYERS) else "inputs"
             sides.add((names[module], side))
@@ -279,6 +279,13 @@ def _traced_group(
                 for channel, root in zip(item.idxs, item.root_idxs, strict=True)
             ]
     return TracedGroup(tuple(dict.fromkeys(makers)), frozenset(sides), tuple(ties), fault)
+
+
+def _why_it_cannot_be_cut(module: Any) -> str:
+    """What it is that channels meet, in words."""
+    oddity = oddity_of(module) if isinstance(module, COUNTED_LAYERS) else ""
+    kind = type(module).__name__ if isinstance(module, nn.Module) else "bare parameter"
+    return oddity or f"a {kind} that cannot be cut"
 
 
 @contextmanager

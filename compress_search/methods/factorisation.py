@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from torch import Tensor, nn
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from compress_search.calibration import InputMoments, check_weights, gram_matrices, is_wide
 from compress_search.exceptions import ModelError
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, Tie, ties_of
+from compress_search.methods.factorisation_trial import faults_of_factorising
+from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.low_rank import Factors, factorise
-from compress_search.methods.method import DID_NOT_RUN, Compressed, Imitation, Sizes, Unit
+from compress_search.methods.method import DID_NOT_RUN, UNBATCHED, Compressed, Imitation, Sizes, Unit
 from compress_search.methods.on_demand import OnDemand
 from compress_search.methods.output_sensitivity import output_sensitivities
 from compress_search.methods.remembered import Remembered
 from compress_search.patches import has_patches
 from compress_search.plan import CompressionPlan, FactoriseLayer, PlanStep, apply_plan
-from compress_search.profile import LayerProfile, ModelProfile, profile_model
+from compress_search.profile import LayerProfile, ModelProfile, oddity_of, profile_model
 from compress_search.reconstruction import Refit, refit_in_forward_order
 
 logger = logging.getLogger("compress_search")
@@ -47,6 +49,8 @@ class FactorisationAnalysis:
         profile: Its cost.
         ignore: Names of layers to leave alone.
         split_of: How the method splits a layer.
+        faults: Of the layers that the network cannot do without, why, see
+            :func:`compress_search.methods.factorisation_trial.faults_of_factorising`.
         known_factors: Components that were found on some batches before.
     """
 
@@ -55,7 +59,36 @@ class FactorisationAnalysis:
     profile: ModelProfile
     ignore: frozenset[str]
     split_of: SplitOf
+    faults: Mapping[str, str] = field(default_factory=dict)
     known_factors: Remembered[Factors] = field(default_factory=Remembered, compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        ignore: Collection[str],
+        split_of: SplitOf,
+    ) -> FactorisationAnalysis:
+        """Find the layers that can be made cheaper, and try whether the network lets them be replaced.
+
+        Args:
+            method: Name of the method.
+            model: The model. It is not changed.
+            example_input: ``(batch, ...)``.
+            ignore: Names of layers to leave alone, or patterns.
+            split_of: How the method splits a layer.
+
+        Raises:
+            ModelError: See :meth:`compress_search.methods.method.Method.analyse`.
+        """
+        check_weights(model)
+        profile = profile_model(model, example_input)
+        untried = cls(method, model, profile, layers_matching(ignore, profile), split_of)
+        edits = [FactoriseLayer(name, 1, split.parts(1)) for name, split in untried._splits.items()]
+        return replace(untried, faults=faults_of_factorising(model, example_input, edits))
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -106,7 +139,9 @@ class FactorisationAnalysis:
         model = compressed.model
         check_weights(model)
         profile = profile_model(model, example_input)
-        return FactorisationAnalysis(self.method, model, profile, self.ignore, self.split_of)
+        return FactorisationAnalysis(
+            self.method, model, profile, self.ignore, self.split_of, faults=self.faults
+        )
 
     def imitations(
         self, sizes: Mapping[str, Sequence[int]], batches: Sequence[Tensor]
@@ -158,7 +193,15 @@ class FactorisationAnalysis:
     def _split_or_reason(self, layer: LayerProfile) -> KernelSplit | str:
         if layer.name in self.ignore:
             return "you asked to leave it alone"
-        split = self.split_of(self.model.get_submodule(layer.name))
+        if layer.name in self.faults:
+            return self.faults[layer.name]
+        module = self.model.get_submodule(layer.name)
+        oddity = oddity_of(module)
+        if oddity:
+            return f"it is {oddity}"
+        if not layer.is_batched:
+            return f"it is given {UNBATCHED}"
+        split = self.split_of(module)
         if isinstance(split, KernelSplit) and split.macs_per_rank(layer) >= layer.macs:
             return "rank 1 already costs as many MACs as the layer itself"
         return split
@@ -217,14 +260,16 @@ class FactorisationAnalysis:
     def _refits(self, model: nn.Module, splits: Mapping[str, KernelSplit]) -> list[Refit]:
         """The second factors, and the dense layers after the first of them: they get other inputs now."""
         refits: list[Refit] = []
+        # Not the same as having refits: a transposed convolution changes what follows, and has none itself.
+        changed = False
         for layer in self.profile.layers:
             if layer.name in splits:
-                name = f"{layer.name}.{splits[layer.name].names[1]}"
-            elif refits and layer.name not in self.ignore:
+                name, changed = f"{layer.name}.{splits[layer.name].names[1]}", True
+            elif changed and layer.name not in self.ignore:
                 name = layer.name
             else:
                 continue
-            if has_patches(model, name):
+            if layer.is_batched and has_patches(model, name):
                 refits.append(Refit(name, source=layer.name, calls=len(layer.calls)))
         return refits
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress_search.methods.low_rank import Factors
 from compress_search.plan import Part
-from compress_search.profile import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerProfile
+from compress_search.profile import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerProfile, base_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class KernelSplit:
     """How one layer is split.
 
     Attributes:
-        layer: A convolution, transposed convolution (whose first factor has no axes) or linear layer.
+        layer: A convolution, transposed convolution (whose first factor has no axes) or linear layer; a
+            plain one, see :func:`compress_search.profile.is_plain`.
         first_axes: Kernel axes of the first factor; the second has the others.
         names: What the two factors are called in the compressed model.
     """
@@ -117,7 +118,7 @@ class KernelSplit:
                 self._part(0, "Linear", in_features=m, out_features=rank, bias=False),
                 self._part(1, "Linear", in_features=rank, out_features=n, bias=layer.bias is not None),
             )
-        groups, kind = self._groups, type(layer).__name__
+        groups, kind = self._groups, base_of(layer).__name__
         middle = {"out_channels": groups * rank, "groups": groups, "bias": False}
         last = {"in_channels": groups * rank, "out_channels": n, "groups": groups}
         last["bias"] = layer.bias is not None

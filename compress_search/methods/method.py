@@ -55,6 +55,9 @@ class Unit:
 DID_NOT_RUN = "it did not run on the example input"
 """Why a layer is left alone that the profile calls idle."""
 
+UNBATCHED = "inputs without a batch axis"
+"""What a convolution is given of which ``LayerProfile.is_batched`` does not hold."""
+
 
 @dataclass(frozen=True)
 class Compressed:

@@ -15,13 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
-from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kept_channels import NO_CHANNELS, KeptChannels, channels_to_keep
 from compress_search.methods.kernel_split import KernelSplit
 from compress_search.methods.weight_svd import split_channels
-from compress_search.profile import profile_model
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,8 @@ class SpatialSVD:
         keep_channels: KeptChannels = NO_CHANNELS,
     ) -> FactorisationAnalysis:
         """Find the convolutions that spatial SVD can make cheaper."""
-        check_weights(model)
         channels_to_keep(keep_channels, model)
-        profile = profile_model(model, example_input)
-        return FactorisationAnalysis(self.name, model, profile, layers_matching(ignore, profile), split_axes)
+        return FactorisationAnalysis.of(self.name, model, example_input, ignore=ignore, split_of=split_axes)
 
 
 def split_axes(layer: nn.Module) -> KernelSplit | str:

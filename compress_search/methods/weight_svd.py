@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compress_search.calibration import check_weights
 from compress_search.methods.factorisation import FactorisationAnalysis
-from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kept_channels import NO_CHANNELS, KeptChannels, channels_to_keep
 from compress_search.methods.kernel_split import KernelSplit
-from compress_search.profile import COUNTED_LAYERS, profile_model
+from compress_search.profile import COUNTED_LAYERS
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,9 @@ class WeightSVD:
         keep_channels: KeptChannels = NO_CHANNELS,
     ) -> FactorisationAnalysis:
         """Find the layers that weight SVD can make cheaper."""
-        check_weights(model)
         channels_to_keep(keep_channels, model)
-        profile = profile_model(model, example_input)
-        return FactorisationAnalysis(
-            self.name, model, profile, layers_matching(ignore, profile), split_channels
+        return FactorisationAnalysis.of(
+            self.name, model, example_input, ignore=ignore, split_of=split_channels
         )
 
 

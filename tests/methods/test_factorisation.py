@@ -154,3 +154,18 @@ def test_rank_goes_to_the_channels_that_the_output_hears(method, kernel, rank, m
     weighed = error_of_heard_channels()
     monkeypatch.setattr(factorisation, "output_sensitivities", lambda *_: {})
     assert weighed < 0.3 * error_of_heard_channels()
+
+
+def test_what_follows_a_transposed_convolution_is_refitted():
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), up, nn.Conv2d(8, 4, 3)).eval()
+    batches = list(torch.randn(6, 16, 3, 8, 8))
+    analysis = METHODS["weight_svd"].analyse(model, batches[0])
+    factorised = analysis.apply({"2": 3}, batches).model
+    # The layer after it makes good part of what was lost, and the one before it has nothing to make good.
+    assert not torch.equal(factorised[3].weight, model[3].weight)
+    assert torch.equal(factorised[0].weight, model[0].weight)
+    refitted = divergence(factorised, model, batches)
+    factorised[3].load_state_dict(model[3].state_dict())
+    assert refitted < 0.95 * divergence(factorised, model, batches)
