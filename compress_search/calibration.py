@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from compress_search.activations import activation_bytes, examples_within_memory, pieces_within_memory
 from compress_search.divergence import Divergence, divergence_of
@@ -165,22 +166,46 @@ def check_finite(matrix: Tensor, *, layer: str) -> Tensor:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Make sure that all parameters and buffers are finite and lie on one device.
+    """Make sure that what a model computes with is finite and lies on one device.
+
+    Parameters and the statistics of normalisations must be finite. Other buffers must not be NaN; infinity
+    may be meant, as in the mask of an attention.
 
     Raises:
         ModelError: One is not finite, and is named; or there are several devices.
     """
-    devices = sorted({str(tensor.device) for tensor in model.state_dict().values()})
+    # What modules keep beside (get_extra_state) may be anything, and a tensor of it may lie anywhere.
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and not name.endswith(_EXTRA_STATE_KEY_SUFFIX)
+    }
+    devices = sorted({str(tensor.device) for tensor in state.values()})
     if len(devices) > 1:
         raise ModelError(
             f"The model lies on several devices ({', '.join(devices)}). Put it on one: model.to(device)."
         )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+    masks = _buffers_that_may_be_infinite(model)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if name in masks and not tensor.isnan().any():
+            continue
+        if not _is_finite(tensor):
             raise ModelError(
                 f"The weights {name!r} are not finite: they hold NaN or infinity. Train the model again, or "
                 "load other weights."
             )
+
+
+def _buffers_that_may_be_infinite(model: nn.Module) -> set[str]:
+    """Names of all buffers but the statistics of normalisations."""
+    return {
+        f"{module_name}.{name}".lstrip(".")
+        for module_name, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, _NormBase)
+        for name in module._buffers
+    }
 
 
 def run(model: nn.Module, batches: Sequence[Tensor]) -> None:

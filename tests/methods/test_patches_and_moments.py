@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from compress_search.calibration import divergence, gram_matrices, reestimated_batchnorm, with_best_batchnorm
+from compress_search.calibration import (
+    check_weights,
+    divergence,
+    gram_matrices,
+    reestimated_batchnorm,
+    with_best_batchnorm,
+)
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
 from compress_search.patches import add_to_weights, input_patches, output_rows
@@ -267,6 +273,56 @@ def test_statistics_stay_where_examples_cannot_be_joined(sides, caplog):
     batches = [torch.randn(1, 1, side, side) for side in sides]
     assert with_best_batchnorm(off, reference, batches) is off
     assert "The BatchNorm statistics stay as they are (Expected more than 1 value per channel" in caplog.text
+
+
+class Masked(nn.Module):
+    """A causal mask, and a state that is no tensor."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.head, self.norm, self.inner = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Identity()
+        self.register_buffer("mask", torch.full((4, 4), mask).triu(1))
+        self.inner.register_buffer("mask", self.mask.clone())
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_mask_may_be_infinite_and_a_state_need_not_be_a_tensor():
+    check_weights(Masked(-torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mask", torch.nan),
+        ("inner.mask", torch.nan),
+        ("norm.running_var", torch.inf),
+        ("norm.running_mean", -torch.inf),
+        ("head.weight", torch.inf),
+        ("head.bias", torch.nan),
+    ],
+)
+def test_what_a_model_computes_with_must_be_finite(name, value):
+    model = Masked(-torch.inf)
+    model.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(ModelError, match=f"The weights '{name}' are not finite"):
+        check_weights(model)
+
+
+class StateElsewhere(nn.Linear):
+    def get_extra_state(self):
+        return torch.empty(3, device="meta")
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_is_a_tensor_may_lie_elsewhere():
+    check_weights(StateElsewhere(2, 2))
 
 
 def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):
