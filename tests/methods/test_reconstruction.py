@@ -120,6 +120,39 @@ def test_each_call_of_a_reused_layer_counts():
     assert _error(model, original, data) < 0.1 * before
 
 
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_layers_that_share_a_parameter_keep_their_weights(parameter):
+    torch.manual_seed(0)
+    original = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))).eval()
+    for other in (2, 3):
+        setattr(original[other], parameter, getattr(original[1], parameter))
+    model = copy.deepcopy(original)
+    model[0].weight.data += 0.3 * torch.randn_like(model[0].weight)
+    before = copy.deepcopy(model)
+    refits = [Refit(name, name) for name in "0123"]
+    refit_in_forward_order(model, original, refits, [torch.randn(8, 2, 8, 8) for _ in range(8)])
+    for kept, layer in zip(before[1:], model[1:], strict=True):
+        assert torch.equal(kept.weight, layer.weight) and torch.equal(kept.bias, layer.bias)
+    assert not torch.equal(before[0].weight, model[0].weight)
+
+
+def test_the_shared_weights_behind_a_factorised_layer_do_no_harm():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), *(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)
+    layers[2].weight = layers[3].weight = layers[1].weight
+    steps = [step for layer in layers for step in (layer, nn.ReLU())]
+    model = nn.Sequential(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval()
+    analysis = METHODS["spatial_svd"].analyse(model, torch.zeros(1, 3, 16, 16))
+    fitted, unseen = list(torch.randn(6, 16, 3, 16, 16)), list(torch.randn(1, 64, 3, 16, 16))
+    refitted = analysis.apply({"0": 2}, fitted).model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress_search.methods.factorisation.refit_in_forward_order", lambda *_: None)
+        plain = analysis.apply({"0": 2}, fitted).model
+    assert _error(refitted, model, unseen) < 0.5 * _error(plain, model, unseen)
+
+
 def test_only_the_kept_output_channels_are_fitted():
     torch.manual_seed(0)
     original = nn.Sequential(nn.Conv2d(2, 4, 3)).eval()
