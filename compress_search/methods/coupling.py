@@ -124,7 +124,7 @@ def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection
         elif makers:
             groups.append(found)
     working = []
-    for group, fault in _tried(model, _probe(example_input), groups, in_training=bool(idle)):
+    for group, fault in _tried(model, _probe(model, example_input), groups, in_training=bool(idle)):
         if fault:
             made = [member.layer for member in group.members if member.side == "outputs" and not member.idle]
             reasons |= {n: fault for n in made if isinstance(model.get_submodule(n), COUNTED_LAYERS)}
@@ -233,13 +233,37 @@ def _ties_within(module: nn.Module, layer: str, side: str) -> Iterator[tuple[Cha
         yield Channel(layer, side, index), Channel(layer, side, index % (channels // number))
 
 
-def _probe(example_input: Tensor) -> Tensor:
-    """One random example: zeros, which people like to give, would hide what goes wrong."""
+def _probe(model: nn.Module, example_input: Tensor) -> Tensor:
+    """One example on which the network gives numbers, a random one where that can be.
+
+    Zeros, which people like to give, would hide what goes wrong. So would noise where the network takes no
+    negative values: roots and logarithms make NaN of them.
+    """
     one = example_input[:1]
     if not one.is_floating_point():
         return one
-    noise = torch.randn(one.shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(one.device, one.dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(one.shape, generator=generator).to(one.device, one.dtype)
+    positive = torch.rand(one.shape, generator=generator).to(one.device, one.dtype)
+    is_constant = bool((one == one.flatten()[0]).all())
+    shares: list[float] = []
+    probes = [noise, positive, one] if is_constant else [noise, one, positive]
+    for probe in probes:
+        shares.append(_share_of_numbers(model, probe))
+        if shares[-1] == 1.0:
+            return probe
+    return probes[shares.index(max(shares))]
+
+
+def _share_of_numbers(model: nn.Module, example: Tensor) -> float:
+    """Share of a network's outputs that are finite; 0 where it fails."""
+    try:
+        with inference_mode_of(model):
+            outputs = model(example)
+    except Exception:
+        return 0.0
+    found = [leaf.isfinite().flatten() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return float(torch.cat(found).double().mean()) if found else 1.0
 
 
 def _tried(
@@ -296,6 +320,8 @@ def _fault_without_first_blocks(
     renormalised = any(_is_renormalised(model, group) for group in groups)
     if renormalised or all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
         return ""
+    if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in tree_leaves(wanted)):
+        return "the network's outputs hold NaN, so that it cannot be tried without one of its channels"
     return "its channels are tied in a way that torch-pruning's graph does not show"
 
 
@@ -341,5 +367,6 @@ def _silence(consumer: nn.Module, channels: Collection[int]) -> None:
 def _alike(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor):
         return bool(one == other)
-    scale = float(other.abs().max()) if other.numel() else 1.0
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * max(scale, 1e-6), equal_nan=True)
+    finite = other[other.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * max(scale, 1e-6))

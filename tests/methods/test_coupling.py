@@ -133,6 +133,69 @@ def test_a_group_norm_elsewhere_does_not_hide_such_ties():
     )
 
 
+HIDDEN = "its channels are tied in a way that torch-pruning's graph does not show"
+
+
+FRONTS = [torch.sqrt, lambda x: torch.log(x + 1e-3), lambda x: x**0.4545]
+
+
+class Front(nn.Module):
+    """Takes no negative inputs."""
+
+    def __init__(self, function, behind: nn.Module) -> None:
+        super().__init__()
+        self.function, self.behind = function, behind
+
+    def forward(self, x):
+        return self.behind(self.function(x))
+
+
+@pytest.mark.parametrize("function", FRONTS)
+@pytest.mark.parametrize("example", [EXAMPLE, torch.full((1, 3, 8, 8), 0.5), torch.rand(1, 3, 8, 8)])
+def test_ties_are_found_and_found_out_behind_what_takes_no_negative_inputs(function, example):
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert [group.name for group in find_coupling(Front(function, chain), example).groups] == ["behind.0"]
+    coupling = find_coupling(Front(function, Swapped()), example)
+    assert [group.name for group in coupling.groups] == ["behind.hidden"]
+    assert coupling.reasons["behind.stem"] == HIDDEN
+
+
+def test_a_network_of_few_inputs_is_tried_on_the_example():
+    def bounded(x):
+        assert x.min() >= 100.0
+        return torch.sqrt(100.0 - x + 5.0)
+
+    torch.manual_seed(0)
+    coupling = find_coupling(Front(bounded, Swapped()), 100.0 + 4.0 * torch.rand(1, 3, 8, 8))
+    assert [group.name for group in coupling.groups] == ["behind.hidden"]
+    assert coupling.reasons["behind.stem"] == HIDDEN
+
+
+def test_without_numbers_no_group_can_be_tried():
+    chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    coupling = find_coupling(Front(lambda x: x / 0.0 - x / 0.0, chain), EXAMPLE)
+    assert not coupling.groups
+    assert "the network's outputs hold NaN" in coupling.reasons["behind.0"]
+
+
+class WithInfinity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Swapped()
+
+    def forward(self, x):
+        x = self.body(x)
+        return torch.cat([x, torch.full_like(x[:, :1], -torch.inf)], dim=1)
+
+
+def test_infinite_outputs_do_not_hide_such_ties():
+    torch.manual_seed(0)
+    coupling = find_coupling(WithInfinity(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["body.hidden"]
+    assert coupling.reasons["body.stem"] == HIDDEN
+
+
 def test_an_ignored_layer_keeps_its_whole_group():
     coupling = find_coupling(Add(), EXAMPLE, ignore=["other"])
     assert not coupling.groups
