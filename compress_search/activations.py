@@ -71,8 +71,17 @@ def pieces_within_memory(batches: Sequence[Tensor], peak: int) -> list[list[Tens
     Returns:
         The pieces of each batch.
     """
-    size = max(1, _PASS_BYTES // max(1, peak))
+    size = examples_within_memory(peak)
     return [list(torch.split(batch, size)) for batch in batches]
+
+
+def examples_within_memory(peak: int) -> int:
+    """How many examples' activations fit into the bounded memory of a forward pass; at least one.
+
+    Args:
+        peak: Bytes that the activations of one example take.
+    """
+    return max(1, _PASS_BYTES // max(1, peak))
 
 
 def _weakly(storage: torch.UntypedStorage) -> tuple[StorageWeakRef, int]:

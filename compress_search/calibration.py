@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from compress_search.activations import activation_bytes, pieces_within_memory
+from compress_search.activations import activation_bytes, examples_within_memory, pieces_within_memory
 from compress_search.divergence import Divergence, divergence_of
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
@@ -28,6 +29,9 @@ _GRAM_ELEMENTS = 2**27
 
 _COMPARED = 4
 """One batch in so many decides between two sets of BatchNorm statistics, as many are a first sample."""
+
+_JOINED = 32
+"""So many batches of one example are joined for BatchNorm statistics, or as many as memory allows."""
 
 WIDEST = 8192
 """Of layers with more input features than this, rows are kept in place of a Gram matrix (0.5 GB in float64 at
@@ -165,22 +169,46 @@ def check_finite(matrix: Tensor, *, layer: str) -> Tensor:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Make sure that all parameters and buffers are finite and lie on one device.
+    """Make sure that what a model computes with is finite and lies on one device.
+
+    Parameters and the statistics of normalisations must be finite. Other buffers must not be NaN; infinity
+    may be meant, as in the mask of an attention.
 
     Raises:
         ModelError: One is not finite, and is named; or there are several devices.
     """
-    devices = sorted({str(tensor.device) for tensor in model.state_dict().values()})
+    # What modules keep beside (get_extra_state) may be anything, and a tensor of it may lie anywhere.
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and not name.endswith(_EXTRA_STATE_KEY_SUFFIX)
+    }
+    devices = sorted({str(tensor.device) for tensor in state.values()})
     if len(devices) > 1:
         raise ModelError(
             f"The model lies on several devices ({', '.join(devices)}). Put it on one: model.to(device)."
         )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+    masks = _buffers_that_may_be_infinite(model)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if name in masks and not tensor.isnan().any():
+            continue
+        if not _is_finite(tensor):
             raise ModelError(
                 f"The weights {name!r} are not finite: they hold NaN or infinity. Train the model again, or "
                 "load other weights."
             )
+
+
+def _buffers_that_may_be_infinite(model: nn.Module) -> set[str]:
+    """Names of all buffers but the statistics of normalisations."""
+    return {
+        f"{module_name}.{name}".lstrip(".")
+        for module_name, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, _NormBase)
+        for name in module._buffers
+    }
 
 
 def run(model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -222,16 +250,53 @@ def with_best_batchnorm(model: nn.Module, reference: nn.Module, batches: Sequenc
     """
     if not batches or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
+    batches = _evenly_sized(model, batches)
     # A part of the batches is enough to tell which is nearer, and passes over all would cost more than the
     # compression itself. Another part is enough to tell that new statistics are worth a pass over all.
     part = max(1, len(batches) // _COMPARED)
     compared, others = batches[-part:], batches[:-part] or batches
     unchanged = divergence(model, reference, compared)
     for sample in (others[:part], batches):
-        estimated = reestimated_batchnorm(model, sample)
+        try:
+            estimated = reestimated_batchnorm(model, sample)
+        except ValueError as error:
+            # One value a channel: a single example, or examples that cannot be joined as they differ in size.
+            logger.info("The BatchNorm statistics stay as they are (%s).", error)
+            return model
         if not divergence(estimated, reference, compared) < unchanged:  # NaN is no gain either.
             return model
     return estimated
+
+
+def _evenly_sized(model: nn.Module, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Join batches that are much smaller than others, or hold one example, with those next to them.
+
+    All batches weigh alike in BatchNorm statistics, and of one example a map of one pixel has no variance.
+    Batches of one size above 1 stay as they are, and so do those whose neighbours are of other shapes.
+    """
+    most = max(len(batch) for batch in batches)
+    if most == 1:
+        example = batches[0].to(next(model.parameters()).device)
+        most = min(_JOINED, examples_within_memory(activation_bytes(model, [], example).peak))
+    least = max(2, -(-most // 2))
+
+    def join(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        joined = torch.cat([*parts]) if len(parts) > 1 else parts[0]
+        return joined.tensor_split(2) if len(joined) > most and len(joined) // 2 >= least else [joined]
+
+    found: list[Tensor] = []
+    small: list[Tensor] = []
+    for batch in batches:
+        if small and batch.shape[1:] != small[0].shape[1:]:
+            found += join(small)
+            small = []
+        small.append(batch)
+        if sum(len(part) for part in small) >= least:
+            found += join(small)
+            small = []
+    if small and found and small[0].shape[1:] == found[-1].shape[1:]:
+        small.insert(0, found.pop())
+    return [*found, *join(small)] if small else found
 
 
 def reestimated_batchnorm(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
@@ -240,6 +305,9 @@ def reestimated_batchnorm(model: nn.Module, batches: Sequence[Tensor]) -> nn.Mod
     Args:
         model: The model. It is not changed.
         batches: Calibration inputs, each ``(batch, ...)`` with more than one value a channel.
+
+    Raises:
+        ValueError: A BatchNorm layer sees one value a channel, which has no variance.
     """
     estimated = copy.deepcopy(model).eval()
     device = next(estimated.parameters()).device

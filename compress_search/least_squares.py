@@ -17,6 +17,7 @@ from compress_search.calibration import WIDEST, check_finite
 from compress_search.linear_algebra import mean_energy, ridge_cholesky
 from compress_search.moments import Moments, MomentSums, examples_at_a_time, in_full_precision
 from compress_search.patches import input_patches, output_rows
+from compress_search.sampled_rows import FairDraw
 
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of the pull towards the present weights that are tried, relative to the mean input energy."""
@@ -31,7 +32,7 @@ _MOST_ROWS = 2**12
 """How many rows the dual takes at most, in a kernel matrix of 128 MB."""
 
 _MOST_ROW_ELEMENTS = 2**26
-"""How many elements its rows have at most (256 MB in float32); of more rows, evenly spaced ones are taken."""
+"""How many elements its rows have at most (256 MB in float32)."""
 
 _FEATURES_AT_A_TIME = 2**11
 """How many features the dual converts to float64 at a time."""
@@ -75,7 +76,7 @@ def regression_of(layer: nn.Module, name: str, *, rows: int) -> Regression:
     assert isinstance(layer.weight, nn.Parameter)
     features = layer.weight[0].numel()
     if rows < features or features > WIDEST:
-        return DualRegression(layer, name, rows=rows)
+        return DualRegression(layer, name)
     return PrimalRegression(layer, name)
 
 
@@ -168,53 +169,59 @@ def _solve(moments: Moments, ridge: float) -> Tensor:
 class DualRegression:
     """Equations over the rows: the same answer as :class:`PrimalRegression`, for few rows of many features.
 
-    With the kernel ``K = X X^T`` it is ``X^T (K + ridge)^-1 R``.
+    With the kernel ``K = X X^T`` it is ``X^T (K + ridge)^-1 R``. Of more rows than fit into a bounded memory,
+    some are drawn.
 
     Args:
         layer: A convolution or a linear layer.
         name: What errors call it.
-        rows: How many rows there will be, about. Of more than fit into a bounded memory, evenly spaced ones
-            are taken.
+        seed: Fixes which rows are drawn.
     """
 
-    def __init__(self, layer: nn.Module, name: str, *, rows: int) -> None:
+    def __init__(self, layer: nn.Module, name: str, *, seed: int = 0) -> None:
         assert isinstance(layer.weight, nn.Parameter)
         self._layer = layer
         self._name = name
-        most = min(_MOST_ROWS, max(1, _MOST_ROW_ELEMENTS // layer.weight.shape[1:].numel()))
-        self._step = -(-rows // most)
-        self._seen = 0
-        self._inputs: list[Tensor] = []
-        self._residuals: list[Tensor] = []
-        self._held_out: list[Tensor] = []
+        self._most = min(_MOST_ROWS, max(1, _MOST_ROW_ELEMENTS // layer.weight.shape[1:].numel()))
+        self._draw = FairDraw(self._most, seed=seed)
+        self._inputs = self._residuals = self._held_out = torch.empty(0)
 
     def add(self, inputs: Tensor, residual: Tensor, *, held_out: bool) -> None:
         """See :meth:`Regression.add`."""
         size = examples_at_a_time(self._layer, inputs)
         for piece, left in zip(torch.split(inputs, size), torch.split(residual, size), strict=True):
-            rows = input_patches(self._layer, piece)
-            taken = slice(-self._seen % self._step, None, self._step)
-            self._seen += rows.shape[1]
-            self._inputs.append(in_full_precision(rows[:, taken]).clone())
-            self._residuals.append(in_full_precision(output_rows(self._layer, left)[:, taken]).clone())
-            number = self._inputs[-1].shape[1]
-            self._held_out.append(torch.full((number,), held_out, device=inputs.device))
+            rows, lacks = input_patches(self._layer, piece), output_rows(self._layer, left)
+            if not self._draw.kept:
+                self._make_room(rows, lacks)
+            places, taken = (chosen.to(rows.device) for chosen in self._draw.draw(rows.shape[1]))
+            self._inputs[:, places] = in_full_precision(rows[:, taken])
+            self._residuals[:, places] = in_full_precision(lacks[:, taken])
+            self._held_out[places] = held_out
+
+    def _make_room(self, rows: Tensor, lacks: Tensor) -> None:
+        """Memory that nothing has been written to yet is not taken."""
+        self._inputs, self._residuals = (
+            in_full_precision(like[:, :0]).new_empty(len(like), self._most, like.shape[2])
+            for like in (rows, lacks)
+        )
+        self._held_out = torch.empty(self._most, dtype=torch.bool, device=rows.device)
 
     @property
     def is_underdetermined(self) -> bool:
         """See :attr:`Regression.is_underdetermined`."""
-        fitted = sum(int((~held_out).sum()) for held_out in self._held_out)
+        fitted = int((~self._held_out[: self._draw.kept]).sum())
         return fitted < self._features + self._has_bias
 
     def changes(self) -> Iterator[Change]:
         """See :meth:`Regression.changes`; the weights of some features at a time, then the bias."""
-        residuals = check_finite(torch.cat(self._residuals, dim=1).double(), layer=self._name)
+        kept = self._draw.kept
+        residuals = check_finite(self._residuals[:, :kept].double(), layer=self._name)
         kernel = torch.zeros(1, dtype=residuals.dtype, device=residuals.device)
         for features in self._feature_slices():
             columns = self._columns(features)
             kernel = kernel + columns @ columns.mT
         check_finite(kernel, layer=self._name)
-        held_out = torch.cat(self._held_out)
+        held_out = self._held_out[:kept]
         duals = self._duals(kernel, residuals, held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0])
         if duals is None:
             return
@@ -253,7 +260,7 @@ class DualRegression:
 
     @property
     def _features(self) -> int:
-        return self._inputs[0].shape[2]
+        return self._inputs.shape[2]
 
     @property
     def _has_bias(self) -> bool:
@@ -264,4 +271,4 @@ class DualRegression:
             yield slice(start, min(start + _FEATURES_AT_A_TIME, self._features))
 
     def _columns(self, features: slice) -> Tensor:
-        return torch.cat([rows[:, :, features] for rows in self._inputs], dim=1).double()
+        return self._inputs[:, : self._draw.kept, features].double()

@@ -135,6 +135,9 @@ def refit_in_forward_order(
     do not fit run again from the input, as do all for a layer that is called more than once, and where a
     model's ``forward`` does not stand several passes at a time.
 
+    A layer that shares a parameter with another module keeps its weights: what is best for one of them is not
+    for the other, and each refit would undo the one before.
+
     Args:
         model: The compressed model.
         original: The model before compression.
@@ -144,6 +147,7 @@ def refit_in_forward_order(
     Raises:
         ModelError: Inputs or outputs of a layer are not finite.
     """
+    refits = [refit for refit in refits if not _shares_parameters(model, model.get_submodule(refit.layer))]
     if not batches or not refits:
         return
     with inference_mode_of(model), inference_mode_of(original):
@@ -154,6 +158,17 @@ def refit_in_forward_order(
             refit_on(road, model, refits)
         finally:
             road.close()
+
+
+def _shares_parameters(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether another module of the model holds a parameter of the layer."""
+    own = {id(parameter) for parameter in layer.parameters(False)}
+    return any(
+        id(parameter) in own
+        for module in model.modules()
+        if module is not layer
+        for parameter in module.parameters(False)
+    )
 
 
 def with_following(refits: Sequence[Refit], original: nn.Module, example: Tensor) -> list[Refit]:

@@ -44,23 +44,73 @@ class SampledRows:
         return norm.square() / self.values[0].numel()
 
 
-class RowSampling:
+class FairDraw:
     """Draws rows without knowing how many will come: each gets a random number, and the lowest stay.
 
     Vitter 1985, *Random sampling with a reservoir*. Rows at even distances would be simpler, and wrong where
     the distance meets the width of an image.
 
     Args:
+        most: How many rows stay at most. Fewer all stay, in their order.
+        seed: Fixes the numbers.
+    """
+
+    def __init__(self, most: int, *, seed: int = 0) -> None:
+        self._most = most
+        self._generator = torch.Generator().manual_seed(seed)
+        self._numbers = torch.empty(0)
+
+    @property
+    def kept(self) -> int:
+        """How many rows have stayed so far."""
+        return len(self._numbers)
+
+    def draw(self, number: int) -> tuple[Tensor, Tensor]:
+        """Look at the next rows.
+
+        Args:
+            number: How many there are.
+
+        Returns:
+            The places, below ``most``, where new rows are to be kept, in place of others where these are
+            taken; and the numbers of the rows that come there, below ``number``.
+        """
+        drawn = torch.rand(number, generator=self._generator)
+        kept = self.kept
+        fitting = min(self._most - kept, number)
+        self._numbers = torch.cat([self._numbers, drawn[:fitting]])
+        places, rows = torch.arange(kept, kept + fitting), torch.arange(fitting)
+        if fitting < number:
+            leaving, entering = self._exchange(drawn[fitting:])
+            # A row that has just come may have to leave again.
+            stays = ~torch.isin(places, leaving)
+            places, rows = torch.cat([places[stays], leaving]), torch.cat([rows[stays], entering + fitting])
+        return places, rows
+
+    def _exchange(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Put low numbers in the place of the highest; return these places, and which numbers came there."""
+        kept = self.kept
+        order = torch.cat([self._numbers, drawn]).argsort()
+        low, high = order[:kept], order[kept:]
+        entering, leaving = low[low >= kept] - kept, high[high < kept]
+        self._numbers[leaving] = drawn[entering]
+        return leaving, entering
+
+
+class RowSampling:
+    """A fair draw from a layer's input rows.
+
+    Args:
         layer: A convolution or a linear layer: how its inputs become rows, see
             :func:`compress_search.patches.input_patches`.
-        seed: Fixes the numbers.
+        seed: Fixes which rows are drawn.
     """
 
     def __init__(self, layer: nn.Module, *, seed: int = 0) -> None:
         self._layer = layer
-        self._generator = torch.Generator().manual_seed(seed)
-        self._rows: Tensor | None = None
-        self._numbers = torch.empty(0)
+        self._seed = seed
+        self._draw: FairDraw | None = None
+        self._rows = torch.empty(0)
         self.seen = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -74,32 +124,19 @@ class RowSampling:
 
     def sample(self) -> SampledRows:
         """The rows that are left; at least some must have been added."""
-        assert self._rows is not None
-        return SampledRows(self._rows[:, : len(self._numbers)])
+        assert self._draw is not None
+        return SampledRows(self._rows[:, : self._draw.kept])
 
     def _add_rows(self, rows: Tensor) -> None:
         groups, number, features = rows.shape
-        if self._rows is None:
+        if self._draw is None:
+            most = most_rows(groups * features)
+            self._draw = FairDraw(most, seed=self._seed)
             # Memory that nothing has been written to yet is not taken.
-            self._rows = rows.new_empty(groups, most_rows(groups * features), features)
+            self._rows = rows.new_empty(groups, most, features)
         self.seen += number
-        drawn = torch.rand(number, generator=self._generator)
-        kept = len(self._numbers)
-        fitting = min(self._rows.shape[1] - kept, number)
-        self._rows[:, kept : kept + fitting] = rows[:, :fitting]
-        self._numbers = torch.cat([self._numbers, drawn[:fitting]])
-        if fitting < number:
-            self._exchange(rows[:, fitting:], drawn[fitting:])
-
-    def _exchange(self, rows: Tensor, drawn: Tensor) -> None:
-        """Put rows of low numbers in the place of those of the highest."""
-        assert self._rows is not None
-        kept = len(self._numbers)
-        order = torch.cat([self._numbers, drawn]).argsort()
-        low, high = order[:kept], order[kept:]
-        entering, leaving = low[low >= kept] - kept, high[high < kept]
-        self._rows[:, leaving.to(rows.device)] = rows[:, entering.to(rows.device)]
-        self._numbers[leaving] = drawn[entering]
+        places, taken = (chosen.to(rows.device) for chosen in self._draw.draw(number))
+        self._rows[:, places] = rows[:, taken]
 
 
 def most_rows(features: int) -> int:

@@ -25,6 +25,7 @@ from compress_search.methods.channel_tracing import (
     reason_of_lost_trace,
     trace_channels,
 )
+from compress_search.methods.fixed_statistics import FixedStatistics
 from compress_search.plan import CompressionPlan, KeepChannels, PlanStep, apply_plan
 from compress_search.profile import (
     CONVOLUTIONS,
@@ -124,7 +125,7 @@ def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection
         elif makers:
             groups.append(found)
     working = []
-    for group, fault in _tried(model, _probe(example_input), groups, in_training=bool(idle)):
+    for group, fault in _tried(model, _probe(model, example_input), groups, in_training=bool(idle)):
         if fault:
             made = [member.layer for member in group.members if member.side == "outputs" and not member.idle]
             reasons |= {n: fault for n in made if isinstance(model.get_submodule(n), COUNTED_LAYERS)}
@@ -233,52 +234,65 @@ def _ties_within(module: nn.Module, layer: str, side: str) -> Iterator[tuple[Cha
         yield Channel(layer, side, index), Channel(layer, side, index % (channels // number))
 
 
-def _probe(example_input: Tensor) -> Tensor:
-    """One random example: zeros, which people like to give, would hide what goes wrong."""
+def _probe(model: nn.Module, example_input: Tensor) -> Tensor:
+    """One example on which the network gives numbers, a random one where that can be.
+
+    Zeros, which people like to give, would hide what goes wrong. So would noise where the network takes no
+    negative values: roots and logarithms make NaN of them.
+    """
     one = example_input[:1]
     if not one.is_floating_point():
         return one
-    noise = torch.randn(one.shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(one.device, one.dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(one.shape, generator=generator).to(one.device, one.dtype)
+    positive = torch.rand(one.shape, generator=generator).to(one.device, one.dtype)
+    is_constant = bool((one == one.flatten()[0]).all())
+    shares: list[float] = []
+    probes = [noise, positive, one] if is_constant else [noise, one, positive]
+    for probe in probes:
+        shares.append(_share_of_numbers(model, probe))
+        if shares[-1] == 1.0:
+            return probe
+    return probes[shares.index(max(shares))]
+
+
+def _share_of_numbers(model: nn.Module, example: Tensor) -> float:
+    """Share of a network's outputs that are finite; 0 where it fails."""
+    try:
+        with inference_mode_of(model):
+            outputs = model(example)
+    except Exception:
+        return 0.0
+    found = [leaf.isfinite().flatten() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return float(torch.cat(found).double().mean()) if found else 1.0
 
 
 def _tried(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], *, in_training: bool
 ) -> list[tuple[CoupledGroup, str]]:
-    """Try many groups at once, and one by one only if that fails.
-
-    Groups that are normalised across channels are tried apart: with them in it, no trial can compare values.
-    """
-    tried: list[tuple[CoupledGroup, str]] = []
-    for renormalised in (False, True):
-        alike = [group for group in groups if _is_renormalised(model, group) is renormalised]
-        if not alike or not _fault_without_first_blocks(model, example, alike, in_training):
-            tried += [(group, "") for group in alike]
-        else:
-            tried += [
-                (group, _fault_without_first_blocks(model, example, [group], in_training)) for group in alike
-            ]
-    return tried
-
-
-def _is_renormalised(model: nn.Module, group: CoupledGroup) -> bool:
-    """Whether a normalisation across channels sees the group's channels."""
-    modules = [model.get_submodule(member.layer) for member in group.members]
-    return any(isinstance(module, nn.LayerNorm | nn.GroupNorm) for module in modules)
+    """Try all groups at once, and one by one only if that fails."""
+    if not groups or not _fault_without_first_blocks(model, example, groups, in_training):
+        return [(group, "") for group in groups]
+    return [(group, _fault_without_first_blocks(model, example, [group], in_training)) for group in groups]
 
 
 def _fault_without_first_blocks(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], in_training: bool
 ) -> str:
     """What goes wrong when the first block of each group is removed; ``in_training``, in training too."""
+    statistics = FixedStatistics()
     # Done with before there is a second copy: each can be as large as the model.
-    wanted, wanted_in_training = _without_listeners(model, example, groups, in_training)
+    wanted, wanted_in_training = _without_listeners(model, example, groups, in_training, statistics)
     edits = keep_blocks(model, groups, {group.name: range(1, group.size) for group in groups})
     step = PlanStep(method="channel_pruning", mac_ratio=1.0, edits=edits)
     try:
         pruned = apply_plan(model, CompressionPlan((step,)))
         with inference_mode_of(pruned):
             after = pruned(example)
+            if statistics.are_noted:
+                # Normalisation across channels changes with what it normalises over, and rightly so.
+                with statistics.used(pruned):
+                    after = pruned(example)
     except Exception as error:
         return f"without one of its channels the network fails ({type(error).__name__}: {error})"
     if _shapes_of(after) != _shapes_of(wanted):
@@ -292,17 +306,23 @@ def _fault_without_first_blocks(
             )
         if changed != _shapes_of(wanted_in_training):
             return "it makes the network's output in training"
-    # Normalisation across channels changes with what it normalises over, and rightly so.
-    renormalised = any(_is_renormalised(model, group) for group in groups)
-    if renormalised or all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
+    if all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
         return ""
+    if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in tree_leaves(wanted)):
+        return "the network's outputs hold NaN, so that it cannot be tried without one of its channels"
     return "its channels are tied in a way that torch-pruning's graph does not show"
 
 
 def _without_listeners(
-    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], in_training: bool
+    model: nn.Module,
+    example: Tensor,
+    groups: Sequence[CoupledGroup],
+    in_training: bool,
+    statistics: FixedStatistics,
 ) -> tuple[Any, Any]:
     """What the network gives when nothing listens to the first block of each group.
+
+    The statistics of normalisation across channels are noted down.
 
     Returns:
         Its outputs, and those on the paths of training if these are wanted.
@@ -311,7 +331,7 @@ def _without_listeners(
     for group in groups:
         for member in group.consumers:
             _silence(silenced.get_submodule(member.layer), member.blocks[0])
-    with inference_mode_of(silenced):
+    with inference_mode_of(silenced), statistics.noted(silenced):
         outputs = silenced(example)
     return outputs, _outputs_in_training(silenced, example) if in_training else None
 
@@ -341,5 +361,6 @@ def _silence(consumer: nn.Module, channels: Collection[int]) -> None:
 def _alike(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor):
         return bool(one == other)
-    scale = float(other.abs().max()) if other.numel() else 1.0
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * max(scale, 1e-6), equal_nan=True)
+    finite = other[other.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * max(scale, 1e-6))

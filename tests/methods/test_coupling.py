@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
@@ -131,6 +132,142 @@ def test_a_group_norm_elsewhere_does_not_hide_such_ties():
         coupling.reasons["3.stem"]
         == "its channels are tied in a way that torch-pruning's graph does not show"
     )
+
+
+HIDDEN = "its channels are tied in a way that torch-pruning's graph does not show"
+
+
+def _shuffled(x):
+    halves = x.unflatten(1, (2, -1))
+    return halves.transpose(1, 2).flatten(1, 2)
+
+
+class Mixed(nn.Module):
+    """Channels change places between a normalisation and the layer that listens."""
+
+    def __init__(self, norm: nn.Module, mix) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 16, 1), norm, nn.Conv2d(16, 2, 1)
+        self.mix = mix
+
+    def forward(self, x):
+        return self.head(self.mix(self.norm(self.stem(x))))
+
+
+class ChannelsFirstNorm(nn.LayerNorm):
+    """Over the channels of a map, as in ConvNeXt."""
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+NORMS = [
+    lambda: nn.GroupNorm(2, 16),
+    lambda: nn.GroupNorm(2, 16, affine=False),
+    lambda: ChannelsFirstNorm(16),
+]
+
+
+@pytest.mark.parametrize(
+    ("norm", "mix"),
+    [(norm, lambda x: x.flip(1)) for norm in NORMS] + [(norm, _shuffled) for norm in NORMS[:2]],
+)
+def test_normalisation_across_channels_does_not_hide_such_ties(norm, mix):
+    torch.manual_seed(0)
+    coupling = find_coupling(Mixed(norm(), mix), EXAMPLE)
+    assert not coupling.groups
+    assert coupling.reasons["stem"] == HIDDEN
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_channels_under_a_normalisation_across_them_are_found(norm, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), norm(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    coupling = find_coupling(model.to(dtype), EXAMPLE.to(dtype))
+    assert [group.name for group in coupling.groups] == ["0", "2"]
+
+
+class Tokens(nn.Module):
+    """A transformer layer, for which PyTorch has a way past the modules of which it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 4, stride=4)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_the_hidden_channels_of_a_transformer_layer_are_found_and_its_short_way_is_left_open():
+    torch.manual_seed(0)
+    model = Tokens()
+    assert [group.name for group in find_coupling(model, EXAMPLE).groups] == ["layer.linear1"]
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+FRONTS = [torch.sqrt, lambda x: torch.log(x + 1e-3), lambda x: x**0.4545]
+
+
+class Front(nn.Module):
+    """Takes no negative inputs."""
+
+    def __init__(self, function, behind: nn.Module) -> None:
+        super().__init__()
+        self.function, self.behind = function, behind
+
+    def forward(self, x):
+        return self.behind(self.function(x))
+
+
+@pytest.mark.parametrize("function", FRONTS)
+@pytest.mark.parametrize("example", [EXAMPLE, torch.full((1, 3, 8, 8), 0.5), torch.rand(1, 3, 8, 8)])
+def test_ties_are_found_and_found_out_behind_what_takes_no_negative_inputs(function, example):
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert [group.name for group in find_coupling(Front(function, chain), example).groups] == ["behind.0"]
+    coupling = find_coupling(Front(function, Swapped()), example)
+    assert [group.name for group in coupling.groups] == ["behind.hidden"]
+    assert coupling.reasons["behind.stem"] == HIDDEN
+
+
+def test_a_network_of_few_inputs_is_tried_on_the_example():
+    def bounded(x):
+        assert x.min() >= 100.0
+        return torch.sqrt(100.0 - x + 5.0)
+
+    torch.manual_seed(0)
+    coupling = find_coupling(Front(bounded, Swapped()), 100.0 + 4.0 * torch.rand(1, 3, 8, 8))
+    assert [group.name for group in coupling.groups] == ["behind.hidden"]
+    assert coupling.reasons["behind.stem"] == HIDDEN
+
+
+def test_without_numbers_no_group_can_be_tried():
+    chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    coupling = find_coupling(Front(lambda x: x / 0.0 - x / 0.0, chain), EXAMPLE)
+    assert not coupling.groups
+    assert "the network's outputs hold NaN" in coupling.reasons["behind.0"]
+
+
+class WithInfinity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Swapped()
+
+    def forward(self, x):
+        x = self.body(x)
+        return torch.cat([x, torch.full_like(x[:, :1], -torch.inf)], dim=1)
+
+
+def test_infinite_outputs_do_not_hide_such_ties():
+    torch.manual_seed(0)
+    coupling = find_coupling(WithInfinity(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["body.hidden"]
+    assert coupling.reasons["body.stem"] == HIDDEN
 
 
 def test_an_ignored_layer_keeps_its_whole_group():

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from compress_search.calibration import divergence, gram_matrices, reestimated_batchnorm, with_best_batchnorm
+from compress_search.calibration import (
+    check_weights,
+    divergence,
+    gram_matrices,
+    reestimated_batchnorm,
+    with_best_batchnorm,
+)
 from compress_search.exceptions import ModelError
 from compress_search.moments import MomentSums
 from compress_search.patches import add_to_weights, input_patches, output_rows
@@ -202,6 +208,121 @@ def test_statistics_that_do_not_help_are_estimated_on_a_part_alone():
     best, seen, _ = estimated_on(off)
     assert len(seen) == 2 + 8
     assert torch.equal(best[1].running_mean, reestimated_batchnorm(off, batches)[1].running_mean)
+
+
+class PooledNorm(nn.Module):
+    """Batch norm of a map of one pixel, as in the pooling branch of an ASPP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(functional.adaptive_avg_pool2d(self.conv(x), 1))).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "estimated_on"),
+    [
+        ((1,) * 16, {2}),
+        ((1,) * 7, {2, 3}),
+        ((2, 2, 2, 1), {2, 3}),
+        ((8,) * 4 + (1,), {8, 5, 4}),
+        ((1,) + (8,) * 4, {8, 5, 4}),
+        ((8, 8, 1, 3, 8, 8), {8, 4}),
+        ((8, 8, 8, 5), {8, 5}),
+        ((8,) * 4, {8}),
+        ((2,) * 8, {2}),
+    ],
+)
+def test_statistics_are_estimated_on_batches_of_like_sizes_without_single_examples(
+    sizes, estimated_on, monkeypatch
+):
+    # As if the activations of two examples were all that fits into memory.
+    monkeypatch.setattr("compress_search.calibration.examples_within_memory", lambda peak: 2)
+    torch.manual_seed(0)
+    data = torch.randn(sum(sizes), 1, 6, 6)
+    reference = reestimated_batchnorm(PooledNorm().eval(), [data])
+    off = reestimated_batchnorm(reference, [data])
+    off.norm.running_mean += 5.0
+    seen = []
+    off.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]) if net.norm.training else None)
+    best = with_best_batchnorm(off, reference, torch.split(data, sizes))
+    assert best is not off
+    assert {len(batch) for batch in seen} == estimated_on
+    # A quarter was tried first; then came all of them, in their order.
+    assert torch.equal(torch.cat(seen)[-len(data) :], data)
+
+
+def test_single_examples_are_joined_as_far_as_memory_allows():
+    data = torch.randn(80, 1, 6, 6)
+    reference = reestimated_batchnorm(PooledNorm().eval(), [data])
+    off = reestimated_batchnorm(reference, [data])
+    off.norm.running_mean += 5.0
+    seen = []
+    off.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]) if net.norm.training else None)
+    with_best_batchnorm(off, reference, torch.split(data, 1))
+    assert {len(batch) for batch in seen} == {16}
+
+
+@pytest.mark.parametrize("sides", [(6,), (6, 7, 8, 9)])
+def test_statistics_stay_where_examples_cannot_be_joined(sides, caplog):
+    caplog.set_level("INFO", logger="compress_search")
+    reference = PooledNorm().eval()
+    off = reestimated_batchnorm(reference, [torch.randn(8, 1, 6, 6)])
+    batches = [torch.randn(1, 1, side, side) for side in sides]
+    assert with_best_batchnorm(off, reference, batches) is off
+    assert "The BatchNorm statistics stay as they are (Expected more than 1 value per channel" in caplog.text
+
+
+class Masked(nn.Module):
+    """A causal mask, and a state that is no tensor."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.head, self.norm, self.inner = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Identity()
+        self.register_buffer("mask", torch.full((4, 4), mask).triu(1))
+        self.inner.register_buffer("mask", self.mask.clone())
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_mask_may_be_infinite_and_a_state_need_not_be_a_tensor():
+    check_weights(Masked(-torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mask", torch.nan),
+        ("inner.mask", torch.nan),
+        ("norm.running_var", torch.inf),
+        ("norm.running_mean", -torch.inf),
+        ("head.weight", torch.inf),
+        ("head.bias", torch.nan),
+    ],
+)
+def test_what_a_model_computes_with_must_be_finite(name, value):
+    model = Masked(-torch.inf)
+    model.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(ModelError, match=f"The weights '{name}' are not finite"):
+        check_weights(model)
+
+
+class StateElsewhere(nn.Linear):
+    def get_extra_state(self):
+        return torch.empty(3, device="meta")
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_is_a_tensor_may_lie_elsewhere():
+    check_weights(StateElsewhere(2, 2))
 
 
 def test_layers_share_as_many_passes_as_memory_needs(monkeypatch):

@@ -120,6 +120,39 @@ def test_each_call_of_a_reused_layer_counts():
     assert _error(model, original, data) < 0.1 * before
 
 
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_layers_that_share_a_parameter_keep_their_weights(parameter):
+    torch.manual_seed(0)
+    original = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))).eval()
+    for other in (2, 3):
+        setattr(original[other], parameter, getattr(original[1], parameter))
+    model = copy.deepcopy(original)
+    model[0].weight.data += 0.3 * torch.randn_like(model[0].weight)
+    before = copy.deepcopy(model)
+    refits = [Refit(name, name) for name in "0123"]
+    refit_in_forward_order(model, original, refits, [torch.randn(8, 2, 8, 8) for _ in range(8)])
+    for kept, layer in zip(before[1:], model[1:], strict=True):
+        assert torch.equal(kept.weight, layer.weight) and torch.equal(kept.bias, layer.bias)
+    assert not torch.equal(before[0].weight, model[0].weight)
+
+
+def test_the_shared_weights_behind_a_factorised_layer_do_no_harm():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), *(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)
+    layers[2].weight = layers[3].weight = layers[1].weight
+    steps = [step for layer in layers for step in (layer, nn.ReLU())]
+    model = nn.Sequential(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval()
+    analysis = METHODS["spatial_svd"].analyse(model, torch.zeros(1, 3, 16, 16))
+    fitted, unseen = list(torch.randn(6, 16, 3, 16, 16)), list(torch.randn(1, 64, 3, 16, 16))
+    refitted = analysis.apply({"0": 2}, fitted).model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress_search.methods.factorisation.refit_in_forward_order", lambda *_: None)
+        plain = analysis.apply({"0": 2}, fitted).model
+    assert _error(refitted, model, unseen) < 0.5 * _error(plain, model, unseen)
+
+
 def test_only_the_kept_output_channels_are_fitted():
     torch.manual_seed(0)
     original = nn.Sequential(nn.Conv2d(2, 4, 3)).eval()
@@ -300,7 +333,7 @@ def test_the_dual_gives_what_the_normal_equations_give(groups, bias, linear, exa
     shape = (9,) if linear else (2, 5, 4)
     inputs = [torch.randn(examples, *shape).double() + 0.5 for _ in range(batches)]
     residuals = [0.3 * layer(each).detach() + 0.1 for each in inputs]
-    primal, dual = PrimalRegression(layer, "layer"), DualRegression(layer, "layer", rows=1)
+    primal, dual = PrimalRegression(layer, "layer"), DualRegression(layer, "layer")
     for number, (given_, left) in enumerate(zip(inputs, residuals, strict=True)):
         primal.add(given_, left, held_out=number == 3)
         dual.add(given_, left, held_out=number == 3)
@@ -312,15 +345,15 @@ def test_the_dual_gives_what_the_normal_equations_give(groups, bias, linear, exa
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_wide_layer_is_refitted_on_evenly_spaced_rows(monkeypatch):
+def _refit_wide(monkeypatch, *, most, data):
+    """Refit a disturbed layer as if it were a wide one; return both, and how many rows were solved with."""
     monkeypatch.setattr("compress_search.least_squares.WIDEST", 20)
-    monkeypatch.setattr("compress_search.least_squares._MOST_ROWS", 64)
+    monkeypatch.setattr("compress_search.least_squares._MOST_ROWS", most)
     monkeypatch.setattr("compress_search.least_squares._FEATURES_AT_A_TIME", 5)
-    torch.manual_seed(0)
-    original = nn.Sequential(nn.Conv2d(4, 3, 3)).eval()
+    original = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1)).eval()
     model = copy.deepcopy(original)
     model[0].weight.data += 0.1 * torch.randn_like(model[0].weight)
-    data = [torch.randn(4, 4, 9, 9) for _ in range(8)]
+    disturbed = copy.deepcopy(model)
     sizes = []
     solve = DualRegression._solve
     monkeypatch.setattr(
@@ -328,12 +361,36 @@ def test_a_wide_layer_is_refitted_on_evenly_spaced_rows(monkeypatch):
         "_solve",
         lambda self, kernel, *rest: sizes.append(len(kernel[0])) or solve(self, kernel, *rest),
     )
-    before = _error(model, original, data)
     refit_in_forward_order(model, original, [Refit("0", "0")], data)
-    # Of 32 examples with 49 positions every 25th.
-    assert sizes[-1] == 63
-    # 63 rows for 37 unknowns without noise: they are found, but for the ridge.
+    return model, original, _error(disturbed, original, data), sizes[-1]
+
+
+def test_a_wide_layer_is_refitted_on_some_of_its_rows(monkeypatch):
+    torch.manual_seed(0)
+    data = [torch.randn(4, 4, 9, 9) for _ in range(8)]
+    model, original, before, rows = _refit_wide(monkeypatch, most=64, data=data)
+    assert rows == 64
+    # 64 rows for 37 unknowns without noise: they are found, but for the ridge.
     assert _error(model, original, data) < 1e-3 * before
+
+
+@pytest.mark.parametrize("side", [7, 8])
+def test_rows_of_a_wide_layer_come_from_everywhere_in_an_image(side, monkeypatch):
+    torch.manual_seed(0)
+    data = [torch.randn(4, 4, side, side) for _ in range(8)]
+    # Every seventh or eighth row would be of the first column alone, where a third of the taps see padding.
+    model, original, before, rows = _refit_wide(monkeypatch, most=4 * 8 * side, data=data)
+    assert rows == 4 * 8 * side
+    assert _error(model, original, data) < 1e-3 * before
+
+
+def test_the_same_rows_of_a_wide_layer_are_drawn_again(monkeypatch):
+    data = list(torch.randn(8, 4, 4, 9, 9))
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(_refit_wide(monkeypatch, most=64, data=data)[0][0])
+    assert torch.equal(found[0].weight, found[1].weight) and torch.equal(found[0].bias, found[1].bias)
 
 
 @pytest.mark.parametrize("batches", [[]])
