@@ -183,7 +183,7 @@ def take_inventory(workspace: Workspace, uses: StageUses) -> Inventory:
         stages=tuple(sorted((s for s in stages if s is not None), key=lambda stage: stage.made)),
         damaged=_items(path for path in folders if DAMAGED in path.name),
         tables=_items(path for path in _entries(workspace.tables) if path.suffix == ".jsonl"),
-        teacher=_items(path for path in _entries(workspace.teacher) if not path.name.startswith(".")),
+        teacher=_items(path for path in _entries(workspace.teacher) if path.suffix == ".outputs"),
         unfinished=_items(path for path in _entries(workspace.checkpoints) if not path.name.startswith(".")),
         temporary=_items(_temporary_files(workspace)),
         leases=tuple(lease_files(workspace.stages)),

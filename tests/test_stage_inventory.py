@@ -181,6 +181,13 @@ def test_what_the_original_says_goes_when_no_trial_is_unfinished(workspace, writ
     assert set(pruned(workspace, uses())) == {"old.outputs"}
 
 
+def test_the_folder_of_a_study_that_is_called_as_the_outputs_folder_stays(workspace, write):
+    for name in ("report.html", "config.yaml", "study.log", "export"):
+        write(f"teacher/{name}", folder=name == "export")
+    write("teacher/old.outputs")
+    assert set(pruned(workspace, uses())) == {"old.outputs"}
+
+
 def test_what_is_young_stays(workspace, store, write):
     store("unused", 0.9 * HOUR)
     write("stages/.eee.0123456789abcdef", 0.9 * HOUR, folder=True)

@@ -37,7 +37,7 @@ from compress_search.search.study import create_study, load_study
 from compress_search.search.variables import Choice, Range
 from compress_search.task import accuracy
 from compress_search.worker_process import Worker
-from compress_search.workspace import Workspace
+from compress_search.workspace import INTERNAL_NAMES, Workspace
 
 QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}
 
@@ -464,7 +464,7 @@ def test_a_study_of_a_later_version_is_not_misread(create):
         create()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "ünder", "a b", "stages", "study.db", "-x"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "ünder", "a b", "-x", *INTERNAL_NAMES])
 def test_a_name_that_is_no_folder_is_refused(create, name):
     with pytest.raises(StudyError, match=r"use letters, digits and \. _ -"):
         create(name)
