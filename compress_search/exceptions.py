@@ -44,6 +44,10 @@ class WorkspaceError(CompressSearchError):
     """The workspace folder cannot be created, written or read."""
 
 
+class UnreadableStageError(WorkspaceError):
+    """A stored stage cannot be read now, which says nothing of whether it is damaged."""
+
+
 class StudyError(CompressSearchError):
     """A study cannot be created, found or answered from."""
 
