@@ -19,7 +19,7 @@ from torch import nn
 
 from compress_search.checkpoint import load_weights, save_weights
 from compress_search.disk_space import write_when_there_is_room
-from compress_search.exceptions import UnreadableStageError, WorkspaceError
+from compress_search.exceptions import LostStageError, UnreadableStageError
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.results import StageResult
 from compress_search.stage_files import PLAN, WEIGHTS, fault_of, raise_unless_damage, read_result, seal
@@ -188,7 +188,8 @@ class StageStore:
             original: The model that its plan begins with. It is not changed.
 
         Raises:
-            WorkspaceError: The stage's files were damaged since it was found.
+            LostStageError: The stage's files were damaged or removed since it was found.
+            UnreadableStageError: They cannot be read, whole or not.
         """
         model = apply_plan(original, self.plan(key))
         load_weights(model, self.weights(key))
@@ -206,8 +207,9 @@ class StageStore:
         """A file that was looked at just before it is used: the stage may have been found hours ago."""
         if (fault := fault_of(self.folder(key), (name,))) is not None:
             aside = self.set_aside(key, fault)
-            raise WorkspaceError(
-                f"The stored stage {key} was damaged while it was in use ({fault}). It was moved to "
-                f"{str(aside)!r}; run the same again, and it is computed again."
+            what = "is gone" if aside is None else "was damaged while it was in use"
+            where = "" if aside is None else f" It was moved to {str(aside)!r}."
+            raise LostStageError(
+                f"The stored stage {key} {what} ({fault}).{where} Run the same again: it is computed again."
             )
         return self.folder(key) / name

@@ -16,7 +16,7 @@ from torch import nn
 
 from compress_search import disk_space
 from compress_search.checkpoint import load_weights
-from compress_search.exceptions import PlanError, UnreadableStageError, WorkspaceError
+from compress_search.exceptions import LostStageError, PlanError, UnreadableStageError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import profile_model
@@ -325,9 +325,24 @@ def test_a_stage_that_is_damaged_between_finding_and_reading_is_not_used(
     store = StageStore(Workspace(tmp_path / "work"))
     assert store.find(first[1].key) is not None
     flip(0.5)(folder / file)
-    with pytest.raises(WorkspaceError, match=r"damaged while it was in use .* run the same again"):
+    with pytest.raises(
+        LostStageError, match=r"damaged while it was in use .* moved to .* Run the same again"
+    ):
         store.model(first[1].key, task.build_model())
     assert not folder.exists()
+    with pytest.raises(LostStageError, match=r"is gone \(FileNotFoundError.*\)\. Run the same again"):
+        store.model(first[1].key, task.build_model())
+
+
+def test_damage_to_what_is_stored_of_the_original_stands_in_nobodys_way(runner, tmp_path):
+    undisturbed, disturbed = runner("undisturbed"), runner("disturbed")
+    wanted = undisturbed.run(RECIPE)
+    shutil.rmtree(tmp_path / "disturbed" / "stages" / disturbed.original.key)
+    assert disturbed.achieved_ratio(RECIPE.stages[:1]) == wanted[0].mac_ratio
+    assert [result.key for result in disturbed.run(RECIPE)] == [result.key for result in wanted]
+    last = tmp_path.glob(f"*/stages/{wanted[-1].key}/weights.safetensors")
+    one, other = (path.read_bytes() for path in last)
+    assert one == other
 
 
 def no_more_files(path):

@@ -18,7 +18,13 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from compress_search.exceptions import DatabaseError, RatioError, StudyError
+from compress_search.exceptions import (
+    DatabaseError,
+    LostStageError,
+    RatioError,
+    StudyError,
+    UnreadableStageError,
+)
 from compress_search.progress import Progress
 from compress_search.repeating import repeating
 from compress_search.results import format_param
@@ -33,6 +39,7 @@ from compress_search.search.history import (
     pending_finalists,
 )
 from compress_search.search.recovery import (
+    DIED,
     STOPPED,
     drop_if_duplicate,
     interrupt,
@@ -50,6 +57,8 @@ Objective = Callable[[optuna.Trial], tuple[float, float]]
 _TELLING_FAILURES = 3
 """So many first trials that fail alike mean that all would."""
 _TRACEBACK_LINES = 12
+_OF_NO_TRIAL = (LostStageError, UnreadableStageError)
+"""Errors of what is stored, for which the trial that meets them is to pay with no place in the total."""
 _WAITING_SECONDS = 1.0
 
 
@@ -80,6 +89,7 @@ def run_trials(
 
     Raises:
         StudyError: The first trials all failed with the same error, or the database is gone.
+        UnreadableStageError: This process cannot read what is stored; its trial is queued again.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trial is queued again.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -151,7 +161,6 @@ def _run_trials(
                 continue
             ended = _run(study, trial, objective)
             if ended is None:
-                progress.say(f"Trial {trial.number} was taken over by another process.")
                 continue
             note, error = ended
             advance(note)
@@ -252,8 +261,12 @@ def _run(
     """Run one claimed trial to its end.
 
     Returns:
-        A note of how it went, and the error that ended it if it was one. ``None`` if this process was
-        paused for so long that another one took the trial over.
+        A note of how it went, and the error that ended it if it was one. ``None`` if it goes on as another
+        trial, because a stored stage was lost, or because this process was paused for so long that another
+        one took it over.
+
+    Raises:
+        UnreadableStageError: This process cannot read what is stored. Another one may.
     """
     error: BaseException | None = None
     values: tuple[float, float] | None = None
@@ -268,7 +281,7 @@ def _run(
             except RatioError as unreachable:
                 # No fault of the run: the sampler is to learn that there is nothing here.
                 state, note, error = TrialState.PRUNED, str(unreachable), unreachable
-            except (StorageInternalError, UpdateFinishedTrialError, DatabaseError):
+            except (StorageInternalError, UpdateFinishedTrialError, DatabaseError, *_OF_NO_TRIAL):
                 raise
             except Exception as raised:
                 state, note, error = TrialState.FAIL, f"{type(raised).__name__}: {raised}", raised
@@ -279,6 +292,14 @@ def _run(
                 trial.set_user_attr(REASON, note)
             study.tell(trial, values, state=state, skip_if_finished=True)
     except UpdateFinishedTrialError:
+        logger.info("Trial %d was taken over by another process.", trial.number)
+        return None
+    except _OF_NO_TRIAL as stored:
+        with claiming(study):
+            # As if its process had died: a stage that is lost again and again must not hold the study up.
+            interrupt(study, study._storage.get_trial(trial._trial_id), DIED, str(stored).rstrip("."))
+        if isinstance(stored, UnreadableStageError):
+            raise
         return None
     params = ", ".join(f"{name} {format_param(value)}" for name, value in trial.params.items())
     return f"trial {trial.number} ({params}) {state.name.lower()}: {note}", error

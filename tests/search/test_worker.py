@@ -14,7 +14,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from rich.console import Console
 
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import LostStageError, StudyError, UnreadableStageError
 from compress_search.progress import Progress
 from compress_search.search import worker
 from compress_search.search.heartbeats import Heartbeat
@@ -153,6 +153,37 @@ def test_a_target_that_no_trial_reaches_stops_the_search(new_study, objective, r
     runner.lowest = 1.0
     with pytest.raises(StudyError, match="all asked for too much(.|\n)*cannot be reached"):
         search(new_study(), objective(runner), 8)
+
+
+def test_a_trial_whose_stored_stage_is_lost_is_run_again_and_not_counted(
+    new_study, objective, runner, caplog
+):
+    caplog.set_level("INFO", logger="compress_search")
+    counting(runner, stop_at=(1, 5, 6), error=LostStageError("The stored stage abc is gone (no file)."))
+    study = new_study()
+    search(study, objective(runner), 3)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 3
+    assert states(study).count("FAIL") == 3
+    assert study.trials[0].user_attrs["reason"] == "interrupted: The stored stage abc is gone (no file)"
+    assert "Trial 0 was interrupted: The stored stage abc is gone (no file)." in caplog.text
+
+
+def test_a_trial_whose_stored_stage_is_lost_again_and_again_is_left_failed(new_study, objective, runner):
+    study = new_study()
+    counting(runner, stop_at=range(1, MOST_RETRIES + 2), error=LostStageError("It is gone."))
+    search(study, objective(runner), 2)
+    assert states(study) == ["FAIL"] * (MOST_RETRIES + 1) + ["COMPLETE"]
+    assert "so did 3 retries without an epoch more" in study.trials[MOST_RETRIES].user_attrs["reason"]
+
+
+def test_what_cannot_be_read_ends_the_process_and_not_the_trial(new_study, objective, runner):
+    study = new_study()
+    counting(runner, stop_at=(2,), error=UnreadableStageError("'abc' cannot be read (EMFILE)."))
+    with pytest.raises(UnreadableStageError, match="cannot be read"):
+        search(study, objective(runner), 2)
+    assert states(study) == ["FAIL", "WAITING"]
+    search(study, objective(runner), 2)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 2
 
 
 N_TRIALS = 12
