@@ -11,7 +11,7 @@ import threading
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from compress_search.exceptions import LostStageError, StudyError, UnreadableStageError
@@ -134,6 +134,78 @@ def test_three_first_failures_alike_stop_the_search_and_are_run_again_later(new_
     search(study, objective(runner), 8)
     assert len(finished_trials(study.trials)) == 8
     assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 8
+
+
+@pytest.mark.parametrize("n_trials", [1, 2])
+def test_a_study_of_fewer_trials_is_stopped_when_all_of_them_failed(new_study, objective, runner, n_trials):
+    def broken(trial):
+        raise OSError(f"no file number {trial.number}")
+
+    study = new_study()
+    with pytest.raises(StudyError, match=r"what failed is run again"):
+        search(study, broken, n_trials)
+    assert states(study) == ["FAIL"] * n_trials + ["WAITING"] * n_trials
+    search(study, objective(runner), n_trials)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * n_trials
+
+
+def test_the_last_trials_of_a_study_that_has_others_count_though_they_failed(new_study, objective, runner):
+    def broken(trial):
+        raise OSError("no file")
+
+    study = new_study()
+    search(study, objective(runner), 3)
+    search(study, broken, 5)
+    assert states(study) == ["COMPLETE"] * 3 + ["FAIL"] * 2
+    with pytest.raises(StudyError, match="The first 3 trials all failed with the same error"):
+        search(study, broken, 9)
+
+
+def failed_elsewhere(study, number):
+    lines = ["Traceback (most recent call last):", f"OSError: no file number {number}"]
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"traceback": lines, "reason": lines[-1]}))
+
+
+def test_what_failed_alike_in_other_processes_counts_too(new_study, objective, runner):
+    def broken(trial):
+        failed_elsewhere(study, trial.number)
+        raise OSError(f"no file number {trial.number}")
+
+    study = new_study()
+    with pytest.raises(StudyError, match="The first 4 trials all failed with the same error"):
+        search(study, broken, 6)
+    assert states(study).count("FAIL") == states(study).count("WAITING") == 4
+    search(study, objective(runner), 6)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 6
+
+
+def test_a_process_that_ran_nothing_does_not_leave_a_study_that_failed_alike_as_it_is(
+    new_study, objective, runner, monkeypatch
+):
+    study = new_study()
+    other = study._storage.create_new_trial(study._study_id)
+    study._storage.record_heartbeat(other)
+
+    def wait(seconds):
+        study._storage.set_trial_user_attr(other, "traceback", ["OSError: no file"])
+        study._storage.set_trial_state_values(other, TrialState.FAIL)
+
+    monkeypatch.setattr(worker.time, "sleep", wait)
+    with pytest.raises(StudyError, match="The first trial failed, so the search was stopped:\n  OSError: no"):
+        search(study, lambda trial: pytest.fail("ran"), 1)
+    assert states(study) == ["FAIL", "WAITING"]
+
+
+def test_what_another_process_queues_again_is_not_queued_twice(new_study, monkeypatch):
+    def broken(trial):
+        raise OSError("no file")
+
+    study = new_study()
+    again = worker._queue_again
+    monkeypatch.setattr(worker, "_queue_again", lambda *args: (again(*args), again(*args)))
+    with pytest.raises(StudyError, match="same error"):
+        search(study, broken, 8)
+    assert states(study) == ["FAIL"] * 3 + ["WAITING"] * 3
 
 
 def test_first_failures_that_differ_do_not_stop_it(new_study, objective, runner):
