@@ -44,6 +44,14 @@ class WorkspaceError(CompressSearchError):
     """The workspace folder cannot be created, written or read."""
 
 
+class LostStageError(WorkspaceError):
+    """A stored stage was damaged or removed since it was found. Who wants it next computes it again."""
+
+
+class UnreadableStageError(WorkspaceError):
+    """A stored stage cannot be read now, which says nothing of whether it is damaged."""
+
+
 class StudyError(CompressSearchError):
     """A study cannot be created, found or answered from."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 
@@ -13,6 +14,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def without_numbers(text: str) -> str:
+    """Write ``#`` for every number, so that messages which differ in nothing else are the same."""
+    return re.sub(r"[\d.]+", "#", text)
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> str:

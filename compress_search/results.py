@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from compress_search.accuracy_scale import AccuracyScale
 from compress_search.checkpoint import load_weights
 from compress_search.exceptions import PlanError, StudyError, WorkspaceError
 from compress_search.html_table import html_table
-from compress_search.plain_text import format_table
+from compress_search.plain_text import format_table, without_numbers
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.stage_files import PLAN, RESULT, WEIGHTS, fault_of
 from compress_search.target import SPLIT, TARGET, Interval, Target, band_of
@@ -279,11 +280,7 @@ class ParetoFront:
         """
         feasible = self.best
         if not feasible:
-            low, high = self.band
-            raise StudyError(
-                f"No candidate is complete with a mac_ratio in [{low:.4f}, {high:.4f}]. "
-                "Run more trials, or widen the tolerance."
-            )
+            raise StudyError(self._why_none_is_feasible())
         if max_drop is None:
             return feasible[-1]
         for candidate in feasible:
@@ -296,6 +293,26 @@ class ParetoFront:
             f"No feasible candidate drops at most {max_drop}; the nearest is trial {nearest.number} with "
             f"{nearest.drop:.4f} at mac_ratio {nearest.mac_ratio:.4f}. "
             "Allow a larger drop, or run more trials."
+        )
+
+    def _why_none_is_feasible(self) -> str:
+        ended = [c for c in self.candidates if c.state in ("complete", "pruned", "failed")]
+        if self.candidates and not ended:
+            return "No trial has ended, so there is no candidate yet. Run the study."
+        if ended and all(candidate.state == "failed" for candidate in ended):
+            reasons = [candidate.reason or "a reason that is not known" for candidate in ended]
+            ((kind, count),) = Counter(map(without_numbers, reasons)).most_common(1)
+            reason = next(reason for reason in reasons if without_numbers(reason) == kind)
+            many = f"all of its {len(ended)} trials" if len(ended) > 1 else "its only trial"
+            same = "" if count == len(ended) else f" {count} of them"
+            return (
+                f"The study has no candidate: {many} failed,{same} with {reason.rstrip('.')}. "
+                "Put that right, and run more trials."
+            )
+        low, high = self.band
+        return (
+            f"No candidate is complete with a mac_ratio in [{low:.4f}, {high:.4f}]. "
+            "Run more trials, or widen the tolerance."
         )
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ no studies. Nothing that somebody may be using is removed: see :func:`what_to_pr
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -15,13 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress_search.exceptions import WorkspaceError
+from compress_search.exceptions import UnreadableStageError, WorkspaceError
 from compress_search.leases import LeaseFile, is_abandoned, lease_files, remove_lease, waiting_files
 from compress_search.progress import Progress
 from compress_search.results import StageResult
 from compress_search.stage_files import PLAN, WEIGHTS, fault_of, read_result
-from compress_search.stage_store import DAMAGED, StageStore
+from compress_search.stage_store import DAMAGED, StageStore, key_of_set_aside
 from compress_search.workspace import Workspace, remove_folder
+
+logger = logging.getLogger("compress_search")
 
 _HOUR = 3600.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
@@ -183,7 +186,7 @@ def take_inventory(workspace: Workspace, uses: StageUses) -> Inventory:
         stages=tuple(sorted((s for s in stages if s is not None), key=lambda stage: stage.made)),
         damaged=_items(path for path in folders if DAMAGED in path.name),
         tables=_items(path for path in _entries(workspace.tables) if path.suffix == ".jsonl"),
-        teacher=_items(path for path in _entries(workspace.teacher) if not path.name.startswith(".")),
+        teacher=_items(path for path in _entries(workspace.teacher) if path.suffix == ".outputs"),
         unfinished=_items(path for path in _entries(workspace.checkpoints) if not path.name.startswith(".")),
         temporary=_items(_temporary_files(workspace)),
         leases=tuple(lease_files(workspace.stages)),
@@ -193,7 +196,7 @@ def take_inventory(workspace: Workspace, uses: StageUses) -> Inventory:
 
 
 def verify(workspace: Workspace, uses: StageUses, progress: Progress) -> tuple[Damage, ...]:
-    """Check every file of every stage, and set aside what is damaged.
+    """Check every file of every stage: what is damaged is set aside, what was and is whole is put back.
 
     Args:
         workspace: The workspace.
@@ -202,9 +205,13 @@ def verify(workspace: Workspace, uses: StageUses, progress: Progress) -> tuple[D
 
     Raises:
         WorkspaceError: There is no such workspace.
+        UnreadableStageError: A stage cannot be read, whole or not.
     """
-    stages, store = take_inventory(workspace, uses).stages, StageStore(workspace)
-    found = []
+    inventory, store = take_inventory(workspace, uses), StageStore(workspace)
+    for item in inventory.damaged:
+        if store.put_back(item.path):
+            logger.info("The stage %s was set aside and is whole: it is back.", key_of_set_aside(item.path))
+    stages, found = inventory.stages, []
     with progress.bar("stages", len(stages)) as advance:
         for stage in stages:
             fault = fault_of(stage.path) if stage.path.is_dir() else None
@@ -235,7 +242,7 @@ def what_to_prune(
     """
     now = time.time() if now is None else now
     removals = [
-        *(Removal(item, "damaged, set aside") for item in inventory.damaged),
+        *_needless_set_aside(inventory),
         *(Removal(item, "left over from writing") for item in inventory.temporary if now - item.used > _HOUR),
         *(Removal(item, "its process has ended") for item in inventory.abandoned_waiting),
         *_dead_leases(inventory),
@@ -287,6 +294,21 @@ def _needless_stages(inventory: Inventory, now: float, *, keep_front: bool) -> I
                 yield Removal(stage, "no trial uses it")
         elif keep_front and not any(use.needed for use in stage.uses):
             yield Removal(stage, "only trials that are not on the front use it")
+
+
+def _needless_set_aside(inventory: Inventory) -> Iterator[Removal]:
+    stored = {stage.key for stage in inventory.stages}
+    for item in inventory.damaged:
+        # Looked at again: what another version took for damaged may be whole, and the only copy.
+        if key_of_set_aside(item.path) in stored or _is_damaged(item.path):
+            yield Removal(item, "damaged, set aside")
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Whether a stage is known to be damaged; of one that cannot be read it is not."""
+    with suppress(UnreadableStageError):
+        return fault_of(folder) is not None
+    return False
 
 
 def _needless_checkpoints(inventory: Inventory, now: float) -> Iterator[Removal]:
@@ -342,7 +364,7 @@ def _stage(folder: Path, uses: StageUses) -> StoredStage | None:
         result = StageResult.from_dict(read_result(folder))
         made = (folder / WEIGHTS).stat().st_mtime
         fault = fault_of(folder, (PLAN,))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnreadableStageError) as error:
         if not folder.is_dir():
             return None
         result, made, fault = None, folder.stat().st_mtime, str(error)

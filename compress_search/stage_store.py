@@ -19,16 +19,21 @@ from torch import nn
 
 from compress_search.checkpoint import load_weights, save_weights
 from compress_search.disk_space import write_when_there_is_room
-from compress_search.exceptions import WorkspaceError
+from compress_search.exceptions import LostStageError, UnreadableStageError
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.results import StageResult
-from compress_search.stage_files import PLAN, WEIGHTS, fault_of, read_result, seal
+from compress_search.stage_files import PLAN, WEIGHTS, fault_of, raise_unless_damage, read_result, seal
 from compress_search.workspace import Workspace, new_folder, remove_folder, write_text_atomically
 
 logger = logging.getLogger("compress_search")
 
 DAMAGED = ".damaged-"
 """Stands in the name of a folder that was set aside, after the stage's key."""
+
+
+def key_of_set_aside(folder: Path) -> str:
+    """The key of the stage that a folder held before it was set aside."""
+    return folder.name.partition(DAMAGED)[0]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class StageStore:
         """Return the result of a finished stage, or ``None`` if there is none that is whole.
 
         All its files are checked, each time: what was whole an hour ago need not be so now.
+
+        Raises:
+            UnreadableStageError: They cannot be read, whole or not.
         """
         folder = self.folder(key)
         if not folder.is_dir():
@@ -65,10 +73,18 @@ class StageStore:
             return None
 
     def find_asked(self, asked: str) -> StageResult | None:
-        """Return the result of the finished stage that a ratio led to before, if any; see :meth:`note`."""
+        """Return the result of the finished stage that a ratio led to before, if any; see :meth:`note`.
+
+        Raises:
+            UnreadableStageError: See :meth:`find`.
+        """
+        note = self.workspace.plans / asked
         try:
-            key = (self.workspace.plans / asked).read_text(encoding="utf-8")
-        except (FileNotFoundError, UnicodeDecodeError):
+            key = note.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return None
+        except OSError as error:
+            raise_unless_damage(error, note)
             return None
         # Whatever else a damaged file says is no name of a folder.
         return self.find(key) if key.isalnum() else None
@@ -93,6 +109,9 @@ class StageStore:
 
         Returns:
             Where it is now; ``None`` if another process moved it first.
+
+        Raises:
+            UnreadableStageError: It cannot be read any more; it stays where it is.
         """
         folder = self.folder(key)
         aside = folder.with_name(f"{key}{DAMAGED}{time.time_ns()}")
@@ -100,14 +119,37 @@ class StageStore:
             folder.rename(aside)
         except FileNotFoundError:
             return None
-        if fault_of(aside) is None:
-            # Another process had set the damaged one aside and computed it again, and this is the new one.
-            with contextlib.suppress(OSError):
-                aside.rename(folder)
+        try:
+            # Another process may have set the damaged one aside and computed it again: this is the new one.
+            if fault_of(aside) is None and self._move_back(aside):
                 return None
+        except UnreadableStageError:
+            self._move_back(aside)
+            raise
         said = "The stored stage %s is damaged (%s). It was moved to %s and is computed again."
         logger.warning(said, key, fault, aside)
         return aside
+
+    def put_back(self, aside: Path) -> bool:
+        """Move a stage that was set aside back if it is whole after all, and its place is free.
+
+        Args:
+            aside: Where it is.
+
+        Returns:
+            Whether it is in its place again.
+
+        Raises:
+            UnreadableStageError: It cannot be read, whole or not.
+        """
+        return fault_of(aside) is None and self._move_back(aside)
+
+    def _move_back(self, aside: Path) -> bool:
+        try:
+            aside.rename(self.folder(key_of_set_aside(aside)))
+        except OSError:
+            return False
+        return True
 
     def save(
         self,
@@ -146,7 +188,8 @@ class StageStore:
             original: The model that its plan begins with. It is not changed.
 
         Raises:
-            WorkspaceError: The stage's files were damaged since it was found.
+            LostStageError: The stage's files were damaged or removed since it was found.
+            UnreadableStageError: They cannot be read, whole or not.
         """
         model = apply_plan(original, self.plan(key))
         load_weights(model, self.weights(key))
@@ -164,8 +207,9 @@ class StageStore:
         """A file that was looked at just before it is used: the stage may have been found hours ago."""
         if (fault := fault_of(self.folder(key), (name,))) is not None:
             aside = self.set_aside(key, fault)
-            raise WorkspaceError(
-                f"The stored stage {key} was damaged while it was in use ({fault}). It was moved to "
-                f"{str(aside)!r}; run the same again, and it is computed again."
+            what = "is gone" if aside is None else "was damaged while it was in use"
+            where = "" if aside is None else f" It was moved to {str(aside)!r}."
+            raise LostStageError(
+                f"The stored stage {key} {what} ({fault}).{where} Run the same again: it is computed again."
             )
         return self.folder(key) / name

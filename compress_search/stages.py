@@ -180,7 +180,7 @@ class StageRunner:
         if stored is None:
             with self._leases.computing(key, stage.name, find) as stored:
                 if stored is None:
-                    model = self._store.model(before.key, self._original) if model is None else model
+                    model = self._stored_model(before) if model is None else model
                     return self._compute(stage, place, key, before, model, after_epoch)
         assert stored is not None
         # The model of a stored stage is read only if a later stage has to be computed.
@@ -201,7 +201,7 @@ class StageRunner:
         stored = self._store.find_asked(_key(before, last))
         if stored is not None:
             return stored.mac_ratio
-        model, plan = self._store.model(before.key, self._original), self._store.plan(before.key)
+        model, plan = self._stored_model(before), self._stored_plan(before)
         analysis, sizes = self._choose_sizes(last, model, plan)
         return analysis.predict_macs(sizes) / self.original.macs
 
@@ -218,14 +218,13 @@ class StageRunner:
             Each compressing stage that has a table in the workspace, and the table.
 
         Raises:
-            PlanError: A stage before is gone.
-            WorkspaceError: It is damaged.
+            WorkspaceError: A stage before is gone or damaged.
         """
         tables = []
         before = self.original
         for stage, result in zip(recipe.stages, results, strict=False):
             if isinstance(stage, Compress) and SELECTORS[stage.selection].needs_table:
-                model, plan = self._store.model(before.key, self._original), self._store.plan(before.key)
+                model, plan = self._stored_model(before), self._stored_plan(before)
                 here = self._for_model(stage, plan)
                 table = stored_table(analyse(model, self._example, here), here, self._table_source(()))
                 if table.cells:
@@ -261,7 +260,7 @@ class StageRunner:
         after_epoch: AfterEpoch | None,
     ) -> tuple[StageResult, nn.Module | None]:
         started = time.monotonic()
-        plan, lesson = self._store.plan(before.key), self._lesson(place)
+        plan, lesson = self._stored_plan(before), self._lesson(place)
         if isinstance(stage, Compress):
             analysis, sizes = self._choose_sizes(stage, model, plan)
             asked, key = key, _key_of_sizes(before, stage, sizes)
@@ -277,6 +276,15 @@ class StageRunner:
         result = self._finish(key, stage.name, plan, changed, started=started, trained=trained)
         self._trainer.forget(key)
         return result, changed
+
+    def _stored_model(self, before: StageResult) -> nn.Module:
+        # The original is at hand, so that damage to what is stored of it stands in no trial's way.
+        if before.key == self.original.key:
+            return copy.deepcopy(self._original).eval()
+        return self._store.model(before.key, self._original)
+
+    def _stored_plan(self, before: StageResult) -> CompressionPlan:
+        return CompressionPlan() if before.key == self.original.key else self._store.plan(before.key)
 
     def _lesson(self, place: int) -> str:
         """Hash of the original, the training data, and where in its recipe a stage sees them."""

@@ -34,6 +34,11 @@ from compress_search.exceptions import WorkspaceError
 
 WORKSPACE_VARIABLE = "COMPRESS_SEARCH_WORKSPACE"
 
+_STAGES, _CHECKPOINTS, _PLANS, _TABLES, _TEACHER = "stages", "checkpoints", "plans", "tables", "teacher"
+_DATABASE = "study.db"
+INTERNAL_NAMES = (_STAGES, _CHECKPOINTS, _PLANS, _TABLES, _TEACHER, _DATABASE)
+"""What lies in a workspace and is no study's folder; no study can have such a name."""
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -93,32 +98,32 @@ class Workspace:
     @property
     def database(self) -> Path:
         """The SQLite file of the studies."""
-        return self.root / "study.db"
+        return self.root / _DATABASE
 
     @property
     def stages(self) -> Path:
         """The folder of all stage results, shared by every study of this workspace."""
-        return self.root / "stages"
+        return self.root / _STAGES
 
     @property
     def checkpoints(self) -> Path:
         """The folder of all fine-tunings that are not finished, a folder of checkpoints each, by key."""
-        return self.root / "checkpoints"
+        return self.root / _CHECKPOINTS
 
     @property
     def plans(self) -> Path:
         """The folder of notes of which stage each ratio that was asked for led to, by its sizes."""
-        return self.root / "plans"
+        return self.root / _PLANS
 
     @property
     def tables(self) -> Path:
         """The folder of all sensitivity tables, shared by every study of this workspace."""
-        return self.root / "tables"
+        return self.root / _TABLES
 
     @property
     def teacher(self) -> Path:
         """The folder of what the original says of training batches, shared by every study."""
-        return self.root / "teacher"
+        return self.root / _TEACHER
 
     def study_folder(self, name: str) -> Path:
         """The folder of one study's configuration, log, reports and exports."""

@@ -396,6 +396,6 @@ def test_the_workspace_can_come_from_the_environment(
     assert StudyConfig.load(write(MINIMAL), [f"workspace={tmp_path}"]).workspace == tmp_path
 
 
-@pytest.mark.parametrize("name", ["stages", "study.db", "../up", "", ".hidden", "a b"])
+@pytest.mark.parametrize("name", ["stages", "teacher", "study.db", "../up", "", ".hidden", "a b"])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(write: Write, name: str) -> None:
     assert faults_of(write(MINIMAL), f"name='{name}'")[0].startswith(f"The study's name is {name!r}")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress_search.plain_text import duration, format_table
+from compress_search.plain_text import duration, format_table, without_numbers
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,10 @@ def test_a_table_has_columns_as_wide_as_their_longest_cell() -> None:
 
 def test_titles_alone_make_a_table() -> None:
     assert format_table([["trial", "state"]]) == "trial  state\n------------"
+
+
+def test_messages_that_differ_in_numbers_alone_are_the_same_without_them() -> None:
+    assert (
+        without_numbers("no file 12 in 0.5 s") == without_numbers("no file 3 in 17 s") == "no file # in # s"
+    )
+    assert without_numbers("no file") != without_numbers("no folder")

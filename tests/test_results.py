@@ -107,6 +107,32 @@ def test_no_feasible_candidate_names_the_band():
         front(candidate(0, 0.9, 0.6, feasible=False)).choose()
 
 
+def failed(number, reason):
+    return Candidate(number=number, state="failed", params={}, reason=reason)
+
+
+def test_where_all_trials_failed_the_reason_is_told_and_not_the_tolerance():
+    faults = [failed(n, f"OSError: no file {n}.") for n in range(3)]
+    with pytest.raises(
+        StudyError, match=r"^The study has no candidate: all of its 3 trials failed, with OSE"
+    ):
+        front(*faults).choose()
+    with pytest.raises(
+        StudyError, match=r"its only trial failed, with OSError: no file 0\. Put that right, and"
+    ):
+        front(faults[0]).choose()
+    with pytest.raises(StudyError, match=r"all of its 4 trials failed, 3 of them with OSError: no file 0\."):
+        front(failed(9, "ValueError"), *faults).choose()
+    with pytest.raises(StudyError, match="widen the tolerance"):
+        front(*faults, candidate(4, 0.9, 0.6, feasible=False)).choose()
+
+
+def test_where_no_trial_has_ended_that_is_said():
+    waiting = Candidate(number=0, state="waiting", params={})
+    with pytest.raises(StudyError, match="No trial has ended"):
+        front(waiting).choose()
+
+
 def test_too_strict_a_drop_names_the_nearest():
     with pytest.raises(StudyError, match=r"at most 0\.01; the nearest is trial 1 with 0\.0500"):
         front(candidate(0, 0.8, 0.49), candidate(1, 0.85, 0.5)).choose(max_drop=0.01)

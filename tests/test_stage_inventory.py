@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from compress_search.exceptions import WorkspaceError
+from compress_search.exceptions import UnreadableStageError, WorkspaceError
 from compress_search.leases import Lease, Leases
 from compress_search.plan import CompressionPlan
 from compress_search.progress import Progress
@@ -147,6 +148,48 @@ def test_verifying_sets_aside_what_is_damaged_and_says_whom_it_concerns(workspac
     assert verify(workspace, StageUses(), quiet()) == ()
 
 
+def test_what_was_set_aside_and_is_whole_stays_and_is_put_back_by_verifying(workspace, store):
+    for key in ("sound", "again", "damaged"):
+        aside = store(key).rename(workspace.stages / f"{key}.damaged-1")
+    (aside / "plan.json").unlink()
+    store("again")
+    known = uses(["sound", "again", "damaged"])
+    # The one that was computed again is not the only copy.
+    assert set(pruned(workspace, known)) == {"again.damaged-1", "damaged.damaged-1"}
+    assert verify(workspace, known, quiet()) == ()
+    left = {path.name for path in workspace.stages.iterdir()}
+    assert left == {"sound", "again", "again.damaged-1", "damaged.damaged-1"}
+    assert StageStore(workspace).find("sound") is not None
+
+
+def test_what_was_set_aside_and_cannot_be_read_now_stays(workspace, store, monkeypatch):
+    store("unknown").rename(workspace.stages / "unknown.damaged-1")
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress_search.stage_files.file_checksum", refused)
+        assert pruned(workspace, uses()) == {}
+        with pytest.raises(UnreadableStageError):
+            verify(workspace, uses(), quiet())
+
+
+def test_a_stage_that_cannot_be_read_now_is_listed_and_not_set_aside(workspace, store, monkeypatch):
+    folder = store("aaa")
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress_search.stage_files.file_checksum", refused)
+        (stage,) = take_inventory(workspace, uses(["aaa"])).stages
+        assert "does not mean that it is damaged" in stage.fault
+        with pytest.raises(UnreadableStageError, match="Permission denied"):
+            verify(workspace, uses(["aaa"]), quiet())
+    assert folder.is_dir()
+
+
 def test_what_nobody_needs_goes(workspace, store, write):
     store("used")
     store("unused")
@@ -178,6 +221,13 @@ def test_what_the_original_says_goes_when_no_trial_is_unfinished(workspace, writ
     write("teacher/new.outputs", 0.9 * HOUR)
     assert pruned(workspace, uses(unfinished_since=NOW - DAY)) == {}
     assert pruned(workspace, uses(gaps=("The database cannot be read.",))) == {}
+    assert set(pruned(workspace, uses())) == {"old.outputs"}
+
+
+def test_the_folder_of_a_study_that_is_called_as_the_outputs_folder_stays(workspace, write):
+    for name in ("report.html", "config.yaml", "study.log", "export"):
+        write(f"teacher/{name}", folder=name == "export")
+    write("teacher/old.outputs")
     assert set(pruned(workspace, uses())) == {"old.outputs"}
 
 

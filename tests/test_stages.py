@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from compress_search import disk_space
 from compress_search.checkpoint import load_weights
-from compress_search.exceptions import PlanError, WorkspaceError
+from compress_search.exceptions import LostStageError, PlanError, UnreadableStageError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import profile_model
@@ -358,9 +359,60 @@ def test_a_stage_that_is_damaged_between_finding_and_reading_is_not_used(
     store = StageStore(Workspace(tmp_path / "work"))
     assert store.find(first[1].key) is not None
     flip(0.5)(folder / file)
-    with pytest.raises(WorkspaceError, match=r"damaged while it was in use .* run the same again"):
+    with pytest.raises(
+        LostStageError, match=r"damaged while it was in use .* moved to .* Run the same again"
+    ):
         store.model(first[1].key, task.build_model())
     assert not folder.exists()
+    with pytest.raises(LostStageError, match=r"is gone \(FileNotFoundError.*\)\. Run the same again"):
+        store.model(first[1].key, task.build_model())
+
+
+def test_damage_to_what_is_stored_of_the_original_stands_in_nobodys_way(runner, tmp_path):
+    undisturbed, disturbed = runner("undisturbed"), runner("disturbed")
+    wanted = undisturbed.run(RECIPE)
+    shutil.rmtree(tmp_path / "disturbed" / "stages" / disturbed.original.key)
+    assert disturbed.achieved_ratio(RECIPE.stages[:1]) == wanted[0].mac_ratio
+    assert [result.key for result in disturbed.run(RECIPE)] == [result.key for result in wanted]
+    last = tmp_path.glob(f"*/stages/{wanted[-1].key}/weights.safetensors")
+    one, other = (path.read_bytes() for path in last)
+    assert one == other
+
+
+def no_more_files(path):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_stage_that_cannot_be_read_now_stays_where_it_is(stored, tmp_path, monkeypatch):
+    first, folder = stored
+    store = StageStore(Workspace(tmp_path / "work"))
+    with monkeypatch.context() as patch:
+        patch.setattr("compress_search.stage_files.file_checksum", no_more_files)
+        for look in (
+            store.find,
+            store.plan,
+            store.weights,
+            lambda key: store.set_aside(key, "it was damaged"),
+        ):
+            with pytest.raises(UnreadableStageError, match="it stays as it is"):
+                look(first[1].key)
+    assert store.find(first[1].key) == first[1]
+    assert not list(folder.parent.glob("*.damaged-*"))
+
+
+def test_a_note_that_cannot_be_read_now_does_not_have_its_stage_computed_again(
+    stored, tmp_path, monkeypatch, runner
+):
+    read = Path.read_text
+
+    def refused(path, *args, **options):
+        if path.parent.name == "plans":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UnreadableStageError, match="Make the workspace readable"):
+        runner().run(Recipe(RECIPE.stages[:2]))
 
 
 def test_two_processes_that_find_the_same_damage_report_it_once(stored, caplog, tmp_path):

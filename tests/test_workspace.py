@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from compress_search.exceptions import WorkspaceError
 from compress_search.workspace import (
+    INTERNAL_NAMES,
     Workspace,
     new_folder,
     remove_folder,
@@ -25,6 +27,14 @@ def test_a_prepared_workspace_is_there_and_empty(tmp_path):
     assert list(workspace.stages.iterdir()) == []
     assert workspace.prepare() is workspace
     assert workspace.database.parent == workspace.study_folder("digits").parent == workspace.root
+
+
+def test_no_study_can_be_called_as_anything_of_the_workspaces_own(tmp_path):
+    workspace = Workspace(tmp_path)
+    own = (getattr(workspace, name) for name, value in vars(Workspace).items() if isinstance(value, property))
+    assert {path.name for path in own if isinstance(path, Path) and path.parent == tmp_path} == set(
+        INTERNAL_NAMES
+    )
 
 
 def test_an_unwritable_workspace_is_refused_with_the_remedy(tmp_path):

@@ -110,7 +110,7 @@ def list_stages(args: argparse.Namespace) -> int:
                 "" if result is None else duration(result.seconds),
                 byte_size(stage.size),
                 _age(now - stage.made),
-                f"DAMAGED: {stage.fault}" if stage.fault else _users(stage.uses, most=_SHOWN_TRIALS),
+                f"FAULT: {stage.fault}" if stage.fault else _users(stage.uses, most=_SHOWN_TRIALS),
             ]
         )
     others = (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress_search.exceptions import StudyError
-from compress_search.workspace import WORKSPACE_VARIABLE, default_workspace
+from compress_search.workspace import WORKSPACE_VARIABLE, Workspace, default_workspace
 
 if TYPE_CHECKING:
     from compress_search.config import StudyConfig
@@ -131,5 +132,8 @@ def find_study(args: argparse.Namespace) -> StudyPlace:
     Whether it exists is known when it is opened: a study that was made from Python may have no folder yet.
     """
     given = Path(args.study)
-    folder = given if len(given.parts) > 1 else Path(args.workspace) / given
+    # A name alone is a folder where the current one is a workspace: the paths that we print are like that.
+    lies_here = Workspace(given.parent).stages.is_dir() and (given / "config.yaml").is_file()
+    is_folder = os.sep in args.study or given.name in ("", "..") or lies_here
+    folder = given if is_folder else Path(args.workspace) / given
     return StudyPlace(folder.resolve(), args.storage)

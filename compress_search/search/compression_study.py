@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import optuna
@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 from compress_search.exceptions import PlanError, StudyError, TaskError, WorkspaceError
 from compress_search.export import ExportFiles, export_candidate
+from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
 from compress_search.latency import COMPRESSED, ORIGINAL, RUNTIMES, LatencyTable, measure_latency
 from compress_search.leases import lease_files
 from compress_search.profile import profile_model
@@ -288,6 +289,8 @@ class CompressionStudy:
     def test(self, candidate: Candidate) -> TestScore:
         """Evaluate a candidate and the original on the test data, once; later calls read what was stored.
 
+        Other test data, another original model or another ``evaluate`` than before are measured anew.
+
         Raises:
             StudyError: The candidate did not complete, or the task is not known.
             TaskError: The task has no test data.
@@ -297,12 +300,15 @@ class CompressionStudy:
         task = self._needed_task("test")
         if task.test is None:
             raise TaskError(f"The task {task.name!r} has no test data. Give it a loader: Task(test=...).")
-        scores = dict(self.optuna_study.user_attrs.get(_TESTS, {}))
+        assert self._test_key is not None
+        tests = self._stored_tests()
+        # Taken out, so that what is measured now comes last.
+        scores = tests.pop(self._test_key, {})
         original = task.build_model().to(self.device)
         if "original" not in scores:
             scores["original"] = task.score(original, task.test)
         scores[str(candidate.number)] = task.score(candidate.load_model(original), task.test)
-        self.optuna_study.set_user_attr(_TESTS, scores)
+        self.optuna_study.set_user_attr(_TESTS, {**tests, self._test_key: scores})
         return TestScore(scores["original"], scores[str(candidate.number)])
 
     def figures(self, chosen: Candidate | None = None) -> tuple[StudyFigure, ...]:
@@ -527,9 +533,27 @@ class CompressionStudy:
             said.setdefault(f"changed: {change.field}", []).append(change.course)
         return {name: "; ".join(courses) for name, courses in said.items()}
 
+    @cached_property
+    def _test_key(self) -> str | None:
+        """Hash of all that scores of tests depend on beside the candidate; ``None`` if that is not known."""
+        if self.task is None or self.task.test is None:
+            return None
+        evaluate = self.task.evaluate
+        name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
+        return content_hash(
+            [data_fingerprint(self.task.test), model_fingerprint(self.task.build_model()), name]
+        )
+
+    def _stored_tests(self) -> dict[str, dict[str, float]]:
+        """The scores of each key, the last that were measured at the end."""
+        stored = self.optuna_study.user_attrs.get(_TESTS, {})
+        # Earlier versions kept scores without a key: what those were measured on is not known.
+        return {key: dict(scores) for key, scores in stored.items() if isinstance(scores, dict)}
+
     def _stored_test(self, candidate: Candidate) -> TestScore | None:
-        scores = self.optuna_study.user_attrs.get(_TESTS, {})
-        number = str(candidate.number)
+        stored, number = self._stored_tests(), str(candidate.number)
+        last = next(reversed(stored), None)
+        scores = stored.get(self._test_key or last or "", {})
         return TestScore(scores["original"], scores[number]) if number in scores else None
 
     def _stored_latency(self, candidate: Candidate) -> LatencyTable | None:

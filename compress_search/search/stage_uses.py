@@ -160,11 +160,11 @@ def _unfinished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 def _study_folders(workspace: Workspace) -> list[Path]:
     if not workspace.root.is_dir():
         return []
-    own = {workspace.stages.name, workspace.tables.name, workspace.checkpoints.name}
     return [
         path
         for path in sorted(workspace.root.iterdir())
-        if path.name not in own and any((path / file).is_file() for file in _STUDY_FILES)
+        # Whatever it is called: an earlier version let a study be called as the workspace's own folder.
+        if any((path / file).is_file() for file in _STUDY_FILES)
     ]
 
 

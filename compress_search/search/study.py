@@ -38,11 +38,9 @@ from compress_search.search.variables import Choice, Range
 from compress_search.stages import StageRunner
 from compress_search.task import Task
 from compress_search.training.readiness import check_training
-from compress_search.workspace import Workspace
+from compress_search.workspace import INTERNAL_NAMES, Workspace
 
 __all__ = ["CompressionStudy", "TestScore", "create_study", "load_study"]
-
-_RESERVED_NAMES = ("stages", "plans", "tables", "checkpoints", "study.db")
 
 
 def create_study(
@@ -289,10 +287,10 @@ def check_name(name: str) -> None:
     Raises:
         StudyError: It cannot.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in _RESERVED_NAMES:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in INTERNAL_NAMES:
         raise StudyError(
             f"The study's name is {name!r}; it names a folder of the workspace: use letters, digits and "
-            f". _ - (not {', '.join(map(repr, _RESERVED_NAMES))})."
+            f". _ - (not {', '.join(map(repr, INTERNAL_NAMES))})."
         )
 
 

@@ -53,18 +53,18 @@ def trial_note(
 
 def study_note(front: ParetoFront, *, name: str) -> str:
     """Write what a study is after, and how far it is."""
-    best = front.best
-    if best:
-        chosen = front.choose()
+    commands = [f"compress-search status {name}", f"compress-search report {name}"]
+    chosen = front.most_accurate
+    if chosen is not None:
+        commands.append(f"compress-search export {name} --trial {chosen.number}")
         found = (
             f"Most accurate in the band: **trial {chosen.number}**, {chosen.accuracy:.4f} at "
             f"{ratio(chosen.mac_ratio)} of the MACs (original: {front.reference.accuracy:.4f})."
         )
     else:
         found = escape_markdown(why_no_answer(front))
-    code = f"compress-search status {name}\ncompress-search report {name}\ncompress-search export {name}"
     return "\n\n".join(
-        [f"## {escape_markdown(name)}", escape_markdown(summary_of(front)), found, _code(code)]
+        [f"## {escape_markdown(name)}", escape_markdown(summary_of(front)), found, _code("\n".join(commands))]
     )
 
 

@@ -7,7 +7,6 @@ trials, not the study's total, and one failed heartbeat ends the process.
 from __future__ import annotations
 
 import logging
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,14 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from compress_search.exceptions import DatabaseError, RatioError, StudyError
+from compress_search.exceptions import (
+    DatabaseError,
+    LostStageError,
+    RatioError,
+    StudyError,
+    UnreadableStageError,
+)
+from compress_search.plain_text import without_numbers
 from compress_search.progress import Progress
 from compress_search.repeating import repeating
 from compress_search.results import format_param
@@ -33,6 +39,7 @@ from compress_search.search.history import (
     pending_finalists,
 )
 from compress_search.search.recovery import (
+    DIED,
     STOPPED,
     drop_if_duplicate,
     interrupt,
@@ -48,8 +55,10 @@ logger = logging.getLogger("compress_search")
 Objective = Callable[[optuna.Trial], tuple[float, float]]
 
 _TELLING_FAILURES = 3
-"""So many first trials that fail alike mean that all would."""
+"""So many first trials that fail alike, or all if a study has fewer, mean that all would."""
 _TRACEBACK_LINES = 12
+_OF_NO_TRIAL = (LostStageError, UnreadableStageError)
+"""Errors of what is stored, for which the trial that meets them is to pay with no place in the total."""
 _WAITING_SECONDS = 1.0
 
 
@@ -80,6 +89,7 @@ def run_trials(
 
     Raises:
         StudyError: The first trials all failed with the same error, or the database is gone.
+        UnreadableStageError: This process cannot read what is stored; its trial is queued again.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trial is queued again.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -133,7 +143,7 @@ def _run_trials(
         if n_trials:
             logger.info("The study has %d finished trials, of %d wanted: nothing to do.", shown, n_trials)
         return
-    first_ends: list[tuple[optuna.Trial, BaseException | None]] = []
+    ended_before = frozenset(trial.number for trial in finished_trials(trials))
     with progress.bar("trials", max(n_trials, shown) + finalists, done=shown) as advance:
         while deadline is None or time.monotonic() < deadline:
             step = _next_step(study, n_trials, is_enough)
@@ -141,6 +151,7 @@ def _run_trials(
                 advance("by another process")
             shown = max(shown, step.finished)
             if step.is_over:
+                _stop_if_all_fail_alike(study, n_trials, ended_before)
                 return
             if step.trial is None:
                 # What the others run may still be interrupted, and then it has to be taken over.
@@ -151,7 +162,6 @@ def _run_trials(
                 continue
             ended = _run(study, trial, objective)
             if ended is None:
-                progress.say(f"Trial {trial.number} was taken over by another process.")
                 continue
             note, error = ended
             advance(note)
@@ -160,9 +170,8 @@ def _run_trials(
                 # its learning rate, must not stand in the way of the search.
                 continue
             shown += 1
-            if len(first_ends) < _TELLING_FAILURES:
-                first_ends.append((trial, error))
-                _stop_if_all_fail_alike(study, first_ends)
+            if error is not None:
+                _stop_if_all_fail_alike(study, n_trials, ended_before, error)
 
 
 def _recovered(study: optuna.Study) -> list[FrozenTrial]:
@@ -252,8 +261,12 @@ def _run(
     """Run one claimed trial to its end.
 
     Returns:
-        A note of how it went, and the error that ended it if it was one. ``None`` if this process was
-        paused for so long that another one took the trial over.
+        A note of how it went, and the error that ended it if it was one. ``None`` if it goes on as another
+        trial, because a stored stage was lost, or because this process was paused for so long that another
+        one took it over.
+
+    Raises:
+        UnreadableStageError: This process cannot read what is stored. Another one may.
     """
     error: BaseException | None = None
     values: tuple[float, float] | None = None
@@ -268,7 +281,7 @@ def _run(
             except RatioError as unreachable:
                 # No fault of the run: the sampler is to learn that there is nothing here.
                 state, note, error = TrialState.PRUNED, str(unreachable), unreachable
-            except (StorageInternalError, UpdateFinishedTrialError, DatabaseError):
+            except (StorageInternalError, UpdateFinishedTrialError, DatabaseError, *_OF_NO_TRIAL):
                 raise
             except Exception as raised:
                 state, note, error = TrialState.FAIL, f"{type(raised).__name__}: {raised}", raised
@@ -279,35 +292,75 @@ def _run(
                 trial.set_user_attr(REASON, note)
             study.tell(trial, values, state=state, skip_if_finished=True)
     except UpdateFinishedTrialError:
+        logger.info("Trial %d was taken over by another process.", trial.number)
+        return None
+    except _OF_NO_TRIAL as stored:
+        with claiming(study):
+            # As if its process had died: a stage that is lost again and again must not hold the study up.
+            interrupt(study, study._storage.get_trial(trial._trial_id), DIED, str(stored).rstrip("."))
+        if isinstance(stored, UnreadableStageError):
+            raise
         return None
     params = ", ".join(f"{name} {format_param(value)}" for name, value in trial.params.items())
     return f"trial {trial.number} ({params}) {state.name.lower()}: {note}", error
 
 
 def _stop_if_all_fail_alike(
-    study: optuna.Study, ends: list[tuple[optuna.Trial, BaseException | None]]
+    study: optuna.Study, n_trials: int, ended_before: frozenset[int], error: BaseException | None = None
 ) -> None:
     """Do not spend the whole budget on one mistake.
 
-    The failed trials are queued again, for when it is mended.
+    Judged are all trials that ended since this process began, whoever ran them: of many processes none may
+    see three ends of its own. The failed trials are queued again, for when the mistake is mended.
+
+    Args:
+        study: The study.
+        n_trials: Its total. If that is fewer than three, so many are telling.
+        ended_before: Numbers of the trials that had ended before.
+        error: What ended the last trial of this process, if it has just ended.
 
     Raises:
-        StudyError: The first trials all ended with the same error, numbers aside.
+        StudyError: All of them, and enough, ended with the same error, numbers aside.
     """
-    kinds = {None if error is None else re.sub(r"[\d.]+", "#", repr(error)) for _, error in ends}
-    error = ends[-1][1]
-    if len(ends) < _TELLING_FAILURES or len(kinds) > 1 or error is None:
+    ends = [t for t in finished_trials(study.get_trials(deepcopy=False)) if t.number not in ended_before]
+    kinds = {_kind_of_failure(trial) for trial in ends}
+    if len(kinds) != 1 or None in kinds:
         return
-    if isinstance(error, RatioError):
-        raise StudyError(f"The first {len(ends)} trials all asked for too much: {error}") from error
-    for trial, _ in ends:
-        queue_retry(study, study._storage.get_trial(trial._trial_id))
-    where = "".join(traceback.format_exception(error)).splitlines()[-_TRACEBACK_LINES:]
+    count = "trial" if len(ends) == 1 else f"{len(ends)} trials all"
+    if ends[-1].state == TrialState.PRUNED:
+        # Of those that are pruned, only what a ratio asks for is the same for all.
+        if len(ends) >= _TELLING_FAILURES and isinstance(error, RatioError):
+            raise StudyError(f"The first {count} asked for too much: {error}") from error
+        return
+    # The last trials of a study that has others count as they are: it has an answer.
+    if len(ends) < (_TELLING_FAILURES if ended_before else min(_TELLING_FAILURES, n_trials)):
+        return
+    backend_of(study).until_answered(lambda: _queue_again(study, ends))
     raise StudyError(
-        f"The first {len(ends)} trials all failed with the same error, so the search was stopped:\n"
-        + "\n".join(f"  {line}" for line in where)
-        + "\nMend it and resume the study: these trials are run again."
+        f"The first {count} failed{'' if len(ends) == 1 else ' with the same error'}, so the search was "
+        "stopped:\n"
+        + "\n".join(f"  {line}" for line in ends[-1].user_attrs[TRACEBACK])
+        + "\nMend it and resume the study: what failed is run again."
     ) from error
+
+
+def _kind_of_failure(trial: FrozenTrial) -> tuple[TrialState, str] | None:
+    """What a trial ended with, numbers aside; ``None`` if it is complete, or was not ended by an error."""
+    attributes = trial.user_attrs
+    if trial.state == TrialState.PRUNED and REASON in attributes:
+        return trial.state, without_numbers(attributes[REASON])
+    if trial.state == TrialState.FAIL and attributes.get(TRACEBACK):
+        return trial.state, without_numbers(attributes[TRACEBACK][-1])
+    return None
+
+
+def _queue_again(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Queue trials again, except those that another process has queued, which judges as this one does."""
+    with claiming(study):
+        retried = {trial.user_attrs.get(RETRY_OF) for trial in study.get_trials(deepcopy=False)}
+        for trial in trials:
+            if trial.number not in retried:
+                queue_retry(study, trial)
 
 
 @contextmanager

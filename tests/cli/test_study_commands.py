@@ -168,6 +168,27 @@ def test_resume_finds_a_workspace_that_was_moved(copy: Path, capsys: Output) -> 
     assert not (copy / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "words"), [("runs", "tiny"), ("runs", "./tiny"), ("runs", "tiny/"), ("runs/tiny", ".")]
+)
+def test_a_study_is_found_by_its_folder_from_everywhere(
+    where: str, words: str, finished: Finished, monkeypatch: Patch, capsys: Output
+) -> None:
+    monkeypatch.delenv("COMPRESS_SEARCH_WORKSPACE", raising=False)
+    monkeypatch.chdir(finished[0] / where)
+    assert main(["status", words]) == 0
+    assert "2 of 2 trials finished" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_study_does_not_stand_in_the_way_of_a_studys_name(
+    copy: Path, capsys: Output
+) -> None:
+    (copy / "tiny").mkdir()
+    (copy / "tiny" / "config.yaml").write_text("mine: 1")
+    assert main(["status", "tiny"]) == 0
+    assert "2 of 2 trials finished" in capsys.readouterr().out
+
+
 def test_a_workspace_can_come_from_the_environment(
     finished: Finished, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:

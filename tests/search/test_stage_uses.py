@@ -108,11 +108,14 @@ def test_the_workspaces_own_database_is_not_noted_and_a_password_neither(tmp_pat
 
 def test_a_folder_of_an_unknown_study_is_a_gap_and_other_folders_are_not(create):
     study = create()
-    for name, file in (("deleted", "study.log"), ("notes", "todo.txt")):
+    # A study could be called "teacher" once, as a folder of the workspace's own.
+    for name, file in (("deleted", "study.log"), ("notes", "todo.txt"), ("teacher", "config.yaml")):
         (study.workspace.root / name).mkdir()
         (study.workspace.root / name / file).write_text("")
-    (gap,) = stage_uses(study.workspace).gaps
-    assert "The study 'deleted' is in no database that was looked at" in gap
+    gaps = stage_uses(study.workspace).gaps
+    assert len(gaps) == 2
+    for name, gap in zip(("deleted", "teacher"), gaps, strict=True):
+        assert f"The study {name!r} is in no database that was looked at" in gap
 
 
 def test_a_study_that_another_program_made_has_no_stages(create):

@@ -38,7 +38,7 @@ from compress_search.search.study import create_study, load_study
 from compress_search.search.variables import Choice, Range
 from compress_search.task import accuracy
 from compress_search.worker_process import Worker
-from compress_search.workspace import Workspace
+from compress_search.workspace import INTERNAL_NAMES, Workspace
 
 QUICK = {"samples": 16, "fine_tune": FineTune(epochs=1), "tolerance": 0.1}
 
@@ -238,6 +238,43 @@ def test_the_test_data_are_used_once_each(finished, monkeypatch):
     assert score.candidate == task.score(best.load_model(), task.test)
     monkeypatch.setattr(type(task), "score", lambda *_: pytest.fail("evaluated"))
     assert study.test(best) == load_study("toy", workspace=folder).test(best) == score
+
+
+def test_other_test_data_or_another_way_to_judge_are_measured_anew(create, tiny_task, tmp_path):
+    def half(model, loader):
+        return 0.5
+
+    (images, labels), *_ = tiny_task().validation
+    one, other = [(images, labels)], [(images, labels.roll(1))]
+    study = optimize(create(task=tiny_task(test=one)), 2)
+    first, second = (c for c in study.candidates() if c.state == "complete")
+    before = study.test(first)
+    task = tiny_task(test=other)
+    again = create(task=task)
+    original = task.score(task.build_model(), other)
+    assert original != before.original
+    for candidate in (first, second):
+        wanted = task.score(candidate.load_model(task.build_model()), other)
+        assert dataclasses.astuple(again.test(candidate)) == (original, wanted)
+    # Each is still known by what it was measured on, and without the task the last one counts.
+    assert study.test(first) == before
+    seen = load_study("first", workspace=tmp_path)
+    assert seen.test(first) == again.test(first)
+    judged = create(task=tiny_task(test=one, evaluate=half), accept_changed=True, name="judged")
+    assert judged._test_key not in (study._test_key, again._test_key)
+
+
+def test_scores_of_which_it_is_not_known_what_they_were_measured_on_are_measured_again(finished):
+    study, _, folder = finished
+    best = study.best()
+    score = study.test(best)
+    kept = study.optuna_study.user_attrs["test_scores"]
+    old = {"original": 0.125, str(best.number): 0.25}
+    study.optuna_study.set_user_attr("test_scores", old)
+    with pytest.raises(StudyError, match="without its task"):
+        load_study("toy", workspace=folder).test(best)
+    assert study.test(best) == score
+    study.optuna_study.set_user_attr("test_scores", kept)
 
 
 def test_report_and_export_lie_in_the_studys_folder(finished):
@@ -466,7 +503,7 @@ def test_a_study_of_a_later_version_is_not_misread(create):
         create()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "ünder", "a b", "stages", "study.db", "-x"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "ünder", "a b", "-x", *INTERNAL_NAMES])
 def test_a_name_that_is_no_folder_is_refused(create, name):
     with pytest.raises(StudyError, match=r"use letters, digits and \. _ -"):
         create(name)

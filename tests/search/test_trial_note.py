@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from collections.abc import Callable
@@ -135,3 +136,10 @@ def test_the_note_of_a_study_names_its_best(study: CompressionStudy) -> None:
     best = study.front().choose()
     assert f"**trial {best.number}**, {best.accuracy:.4f}" in note
     assert "compress-search status synthetic\n" in note
+    assert f"compress-search export synthetic --trial {best.number}\n" in note
+
+
+def test_the_note_of_a_study_without_an_answer_exports_nothing(study: CompressionStudy) -> None:
+    none = dataclasses.replace(study.front(), candidates=())
+    note = study_note(none, name=study.name)
+    assert "compress-search report synthetic\n" in note and "export" not in note

@@ -11,10 +11,10 @@ import threading
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from compress_search.exceptions import StudyError
+from compress_search.exceptions import LostStageError, StudyError, UnreadableStageError
 from compress_search.progress import Progress
 from compress_search.search import worker
 from compress_search.search.heartbeats import Heartbeat
@@ -136,6 +136,78 @@ def test_three_first_failures_alike_stop_the_search_and_are_run_again_later(new_
     assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 8
 
 
+@pytest.mark.parametrize("n_trials", [1, 2])
+def test_a_study_of_fewer_trials_is_stopped_when_all_of_them_failed(new_study, objective, runner, n_trials):
+    def broken(trial):
+        raise OSError(f"no file number {trial.number}")
+
+    study = new_study()
+    with pytest.raises(StudyError, match=r"what failed is run again"):
+        search(study, broken, n_trials)
+    assert states(study) == ["FAIL"] * n_trials + ["WAITING"] * n_trials
+    search(study, objective(runner), n_trials)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * n_trials
+
+
+def test_the_last_trials_of_a_study_that_has_others_count_though_they_failed(new_study, objective, runner):
+    def broken(trial):
+        raise OSError("no file")
+
+    study = new_study()
+    search(study, objective(runner), 3)
+    search(study, broken, 5)
+    assert states(study) == ["COMPLETE"] * 3 + ["FAIL"] * 2
+    with pytest.raises(StudyError, match="The first 3 trials all failed with the same error"):
+        search(study, broken, 9)
+
+
+def failed_elsewhere(study, number):
+    lines = ["Traceback (most recent call last):", f"OSError: no file number {number}"]
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"traceback": lines, "reason": lines[-1]}))
+
+
+def test_what_failed_alike_in_other_processes_counts_too(new_study, objective, runner):
+    def broken(trial):
+        failed_elsewhere(study, trial.number)
+        raise OSError(f"no file number {trial.number}")
+
+    study = new_study()
+    with pytest.raises(StudyError, match="The first 4 trials all failed with the same error"):
+        search(study, broken, 6)
+    assert states(study).count("FAIL") == states(study).count("WAITING") == 4
+    search(study, objective(runner), 6)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 6
+
+
+def test_a_process_that_ran_nothing_does_not_leave_a_study_that_failed_alike_as_it_is(
+    new_study, objective, runner, monkeypatch
+):
+    study = new_study()
+    other = study._storage.create_new_trial(study._study_id)
+    study._storage.record_heartbeat(other)
+
+    def wait(seconds):
+        study._storage.set_trial_user_attr(other, "traceback", ["OSError: no file"])
+        study._storage.set_trial_state_values(other, TrialState.FAIL)
+
+    monkeypatch.setattr(worker.time, "sleep", wait)
+    with pytest.raises(StudyError, match="The first trial failed, so the search was stopped:\n  OSError: no"):
+        search(study, lambda trial: pytest.fail("ran"), 1)
+    assert states(study) == ["FAIL", "WAITING"]
+
+
+def test_what_another_process_queues_again_is_not_queued_twice(new_study, monkeypatch):
+    def broken(trial):
+        raise OSError("no file")
+
+    study = new_study()
+    again = worker._queue_again
+    monkeypatch.setattr(worker, "_queue_again", lambda *args: (again(*args), again(*args)))
+    with pytest.raises(StudyError, match="same error"):
+        search(study, broken, 8)
+    assert states(study) == ["FAIL"] * 3 + ["WAITING"] * 3
+
+
 def test_first_failures_that_differ_do_not_stop_it(new_study, objective, runner):
     errors = [OSError("a"), OSError("b"), OSError("b")]
 
@@ -153,6 +225,37 @@ def test_a_target_that_no_trial_reaches_stops_the_search(new_study, objective, r
     runner.lowest = 1.0
     with pytest.raises(StudyError, match="all asked for too much(.|\n)*cannot be reached"):
         search(new_study(), objective(runner), 8)
+
+
+def test_a_trial_whose_stored_stage_is_lost_is_run_again_and_not_counted(
+    new_study, objective, runner, caplog
+):
+    caplog.set_level("INFO", logger="compress_search")
+    counting(runner, stop_at=(1, 5, 6), error=LostStageError("The stored stage abc is gone (no file)."))
+    study = new_study()
+    search(study, objective(runner), 3)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 3
+    assert states(study).count("FAIL") == 3
+    assert study.trials[0].user_attrs["reason"] == "interrupted: The stored stage abc is gone (no file)"
+    assert "Trial 0 was interrupted: The stored stage abc is gone (no file)." in caplog.text
+
+
+def test_a_trial_whose_stored_stage_is_lost_again_and_again_is_left_failed(new_study, objective, runner):
+    study = new_study()
+    counting(runner, stop_at=range(1, MOST_RETRIES + 2), error=LostStageError("It is gone."))
+    search(study, objective(runner), 2)
+    assert states(study) == ["FAIL"] * (MOST_RETRIES + 1) + ["COMPLETE"]
+    assert "so did 3 retries without an epoch more" in study.trials[MOST_RETRIES].user_attrs["reason"]
+
+
+def test_what_cannot_be_read_ends_the_process_and_not_the_trial(new_study, objective, runner):
+    study = new_study()
+    counting(runner, stop_at=(2,), error=UnreadableStageError("'abc' cannot be read (EMFILE)."))
+    with pytest.raises(UnreadableStageError, match="cannot be read"):
+        search(study, objective(runner), 2)
+    assert states(study) == ["FAIL", "WAITING"]
+    search(study, objective(runner), 2)
+    assert [trial.state.name for trial in current_trials(study.trials)] == ["COMPLETE"] * 2
 
 
 N_TRIALS = 12
