@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 from compress_search.exceptions import PlanError, StudyError, TaskError, WorkspaceError
 from compress_search.export import ExportFiles, export_candidate
 from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
+from compress_search.function_identity import function_identity
 from compress_search.latency import COMPRESSED, ORIGINAL, RUNTIMES, LatencyTable, measure_latency
 from compress_search.leases import lease_files
 from compress_search.profile import profile_model
@@ -538,11 +539,8 @@ class CompressionStudy:
         """Hash of all that scores of tests depend on beside the candidate; ``None`` if that is not known."""
         if self.task is None or self.task.test is None:
             return None
-        evaluate = self.task.evaluate
-        name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
-        return content_hash(
-            [data_fingerprint(self.task.test), model_fingerprint(self.task.build_model()), name]
-        )
+        test, evaluate = data_fingerprint(self.task.test), function_identity(self.task.evaluate)
+        return content_hash([test, model_fingerprint(self.task.build_model()), evaluate])
 
     def _stored_tests(self) -> dict[str, dict[str, float]]:
         """The scores of each key, the last that were measured at the end."""
