@@ -263,8 +263,9 @@ def _share_of_numbers(model: nn.Module, example: Tensor) -> float:
             outputs = model(example)
     except Exception:
         return 0.0
-    found = [leaf.isfinite().flatten() for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)]
-    return float(torch.cat(found).double().mean()) if found else 1.0
+    found = [leaf.isfinite() for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)]
+    number = sum(leaf.numel() for leaf in found)
+    return sum(int(leaf.sum()) for leaf in found) / number if number else 1.0
 
 
 def _tried(
