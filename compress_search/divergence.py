@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def divergence_of(outputs: Any, wanted: Any) -> Divergence:
     """Compare one batch of outputs with what they should be.
 
     Args:
-        outputs: A tensor, or tensors in lists, tuples or mappings.
+        outputs: A tensor, or tensors in lists, tuples, mappings or dataclasses.
         wanted: The same of the reference model.
 
     Returns:
@@ -47,12 +47,27 @@ def divergence_of(outputs: Any, wanted: Any) -> Divergence:
         nats; for any others the squared error, relative to the reference's energy. Of several tensors, the
         floating point ones are compared, all by their squared error.
     """
-    given = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    right = [leaf for leaf in tree_leaves(wanted) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    given = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    right = [leaf for leaf in leaves_of(wanted) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if len(right) == 1 and are_logits(right[0]):
         return Divergence(_kullback_leibler(given[0], right[0]), len(right[0]))
     total = sum(float((g - r).double().square().sum()) for g, r in zip(given, right, strict=True))
     return Divergence(total, sum(float(r.double().square().sum()) for r in right))
+
+
+def leaves_of(outputs: Any) -> list[Any]:
+    """The values in lists, tuples, mappings and dataclasses, whether PyTorch was told of these or not.
+
+    Args:
+        outputs: What a model put out.
+    """
+    leaves: list[Any] = []
+    for leaf in tree_leaves(outputs):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
 
 
 def are_logits(outputs: Tensor) -> bool:
@@ -64,10 +79,10 @@ def are_same_but_for_rounding(outputs: Any, wanted: Any) -> bool:
     """Whether outputs differ by no more than another order of the same operations makes.
 
     Args:
-        outputs: A tensor, or tensors in lists, tuples or mappings.
+        outputs: A tensor, or tensors in lists, tuples, mappings or dataclasses.
         wanted: The same, computed otherwise.
     """
-    given, right = tree_leaves(outputs), tree_leaves(wanted)
+    given, right = leaves_of(outputs), leaves_of(wanted)
     return len(given) == len(right) and all(map(_is_close, given, right))
 
 

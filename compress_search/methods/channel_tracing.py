@@ -15,6 +15,7 @@ from torch_pruning import DependencyGraph
 from torch_pruning.dependency import index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
+from compress_search.divergence import leaves_of
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import seeded
 from compress_search.profile import (
@@ -204,7 +205,7 @@ def _trace(model: nn.Module, example_input: Tensor, forward: Forward, *, first: 
 
 
 def _tensors_with_history(outputs: Any) -> Any:
-    found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    found = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     return found or outputs
 
 

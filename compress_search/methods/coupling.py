@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from compress_search.divergence import leaves_of
 from compress_search.fingerprint import seeded
 from compress_search.methods.channel_tracing import (
     Channel,
@@ -263,8 +263,9 @@ def _share_of_numbers(model: nn.Module, example: Tensor) -> float:
             outputs = model(example)
     except Exception:
         return 0.0
-    found = [leaf.isfinite().flatten() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return float(torch.cat(found).double().mean()) if found else 1.0
+    found = [leaf.isfinite() for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)]
+    number = sum(leaf.numel() for leaf in found)
+    return sum(int(leaf.sum()) for leaf in found) / number if number else 1.0
 
 
 def _tried(
@@ -306,9 +307,9 @@ def _fault_without_first_blocks(
             )
         if changed != _shapes_of(wanted_in_training):
             return "it makes the network's output in training"
-    if all(map(_alike, tree_leaves(after), tree_leaves(wanted))):
+    if all(map(_alike, leaves_of(after), leaves_of(wanted))):
         return ""
-    if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in tree_leaves(wanted)):
+    if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in leaves_of(wanted)):
         return "the network's outputs hold NaN, so that it cannot be tried without one of its channels"
     return "its channels are tied in a way that torch-pruning's graph does not show"
 
@@ -336,8 +337,8 @@ def _without_listeners(
     return outputs, _outputs_in_training(silenced, example) if in_training else None
 
 
-def _shapes_of(outputs: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.shape, outputs)
+def _shapes_of(outputs: Any) -> list[Any]:
+    return [leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(outputs)]
 
 
 def _outputs_in_training(model: nn.Module, example: Tensor) -> Any:

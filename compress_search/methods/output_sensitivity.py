@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from compress_search.calibration import run
-from compress_search.divergence import are_logits
+from compress_search.divergence import are_logits, leaves_of
 from compress_search.patches import output_rows
 from compress_search.profile import inference_mode_of
 
@@ -114,7 +113,7 @@ def _score(outputs: Any, generator: torch.Generator) -> tuple[Tensor, float]:
     Returns:
         The function's value, and what second moments are to be divided by.
     """
-    values = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    values = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if len(values) == 1 and are_logits(values[0]):
         log_shares = values[0].log_softmax(1)
         labels = torch.multinomial(log_shares.detach().double().exp().cpu(), 1, generator=generator)

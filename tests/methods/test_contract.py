@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_search.calibration import divergence
+from compress_search.compression import compress, measure_sensitivity
 from compress_search.exceptions import ModelError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.methods import METHODS
 from compress_search.methods.method import Compressed
 from compress_search.plan import CompressionPlan, apply_plan
 from compress_search.profile import COUNTED_LAYERS, profile_model
+from compress_search.recipe import Compress
 from compress_search.selection.uniform import select_uniform
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -257,3 +259,31 @@ def test_the_same_data_gives_the_same_model(method):
         compressed = analysis.apply(select_uniform(analysis, 0.5), _batches(64))
         fingerprints.add(model_fingerprint(compressed.model))
     assert len(fingerprints) == 1
+
+
+@dataclasses.dataclass
+class Outputs:
+    logits: torch.Tensor
+    note: str = "of which PyTorch was not told"
+
+
+class InADataclass(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return Outputs(self.inner(x))
+
+
+@every_method
+def test_outputs_in_a_dataclass_are_seen(method):
+    tables, divergences = [], []
+    for model in (zoo.build("Residual"), InADataclass(zoo.build("Residual")).eval()):
+        stage = Compress(method=method.name, mac_ratio=0.5)
+        table = measure_sensitivity(model, EXAMPLE, _batches(32), stage)
+        tables.append([(cell.unit.removeprefix("inner."), cell.size, cell.loss) for cell in table.cells])
+        compressed = compress(model, EXAMPLE, _batches(32), stage, table=table)
+        divergences.append(divergence(compressed.model, model, _batches(32)))
+    assert tables[0] == tables[1]
+    assert divergences[0] == divergences[1] > 0.0
