@@ -298,7 +298,10 @@ class ParetoFront:
     def _why_none_is_feasible(self) -> str:
         ended = [c for c in self.candidates if c.state in ("complete", "pruned", "failed")]
         if self.candidates and not ended:
-            return "No trial has ended, so there is no candidate yet. Run the study."
+            return (
+                "No trial has ended, so there is no candidate yet. If trials failed and wait to be run "
+                "again, put right what they failed of; then run the study."
+            )
         if ended and all(candidate.state == "failed" for candidate in ended):
             reasons = [candidate.reason or "a reason that is not known" for candidate in ended]
             ((kind, count),) = Counter(map(without_numbers, reasons)).most_common(1)

@@ -59,16 +59,30 @@ class Workspace:
         Raises:
             WorkspaceError: The folder cannot be created or written.
         """
-        try:
+        with self._said_if_not_writable():
             self.stages.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.stages) as probe:
-                probe.write(b"writable")
+            prove_writable(self.stages)
+        return self
+
+    def check(self) -> None:
+        """Prove that :meth:`prepare` can create the folder, and leave nothing behind.
+
+        Raises:
+            WorkspaceError: The folder cannot be created or written.
+        """
+        nearest = next(folder for folder in (self.stages, *self.stages.absolute().parents) if folder.exists())
+        with self._said_if_not_writable():
+            prove_writable(nearest)
+
+    @contextmanager
+    def _said_if_not_writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise WorkspaceError(
                 f"The workspace {str(self.root)!r} cannot be written ({error}). "
                 "Choose another folder: workspace=DIR, after `compress-search run CONFIG` and in Python."
             ) from error
-        return self
 
     @property
     def token(self) -> str | None:
@@ -128,6 +142,16 @@ class Workspace:
     def study_folder(self, name: str) -> Path:
         """The folder of one study's configuration, log, reports and exports."""
         return self.root / name
+
+
+def prove_writable(folder: Path) -> None:
+    """Write a file without a name into a folder.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"writable")
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:

@@ -399,3 +399,9 @@ def test_the_workspace_can_come_from_the_environment(
 @pytest.mark.parametrize("name", ["stages", "teacher", "study.db", "../up", "", ".hidden", "a b"])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(write: Write, name: str) -> None:
     assert faults_of(write(MINIMAL), f"name='{name}'")[0].startswith(f"The study's name is {name!r}")
+
+
+@pytest.mark.parametrize("key", ["? [a, b]\n: 1", "? {a: b}\n: 1"])
+def test_a_list_or_a_mapping_is_no_key_and_its_line_is_told(write: Write, key: str) -> None:
+    (fault,) = faults_of(write(f"{MINIMAL}\n{key}\n"))
+    assert "found unhashable key" in fault and fault.startswith("line ")

@@ -44,6 +44,15 @@ def test_an_unwritable_workspace_is_refused_with_the_remedy(tmp_path):
         Workspace(tmp_path / "file" / "runs").prepare()
 
 
+def test_a_workspace_is_checked_and_nothing_is_left_behind(tmp_path):
+    Workspace(tmp_path / "deep" / "runs").check()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkspaceError, match=r"cannot be written .*workspace=DIR, after `compress"):
+        Workspace(tmp_path / "file" / "runs").check()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_removed_folder_is_gone_and_leaves_nothing(tmp_path):
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "folder" / "inner" / "file").write_text("")

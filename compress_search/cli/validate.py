@@ -35,16 +35,20 @@ def main(args: argparse.Namespace) -> int:
     from compress_search.cli.log import logging_to_terminal
     from compress_search.config import StudyConfig
     from compress_search.methods import METHODS
-    from compress_search.profile import profile_model
-    from compress_search.search.study import choose_device
+    from compress_search.search.storage import check_storage
+    from compress_search.search.study import check_settings, choose_device
+    from compress_search.workspace import Workspace
 
     config = StudyConfig.load(args.config, args.overrides, preset=args.preset)
+    workspace = Workspace(config.workspace)
+    workspace.check()
+    check_storage(config.storage, workspace)
     with logging_to_terminal():
-        task = config.load_task()
+        task, device = config.load_task(), choose_device(config.device)
         model = task.build_model()
-        task.check(model, choose_device(config.device))
-        profile = profile_model(model, task.example_input, warn=True)
-        search, example = config.search, task.example_input
+        task.check(model, device)
+        search, example = config.search, task.example_input.to(device)
+        profile = check_settings(search, task, model, device)
         analyses = {
             name: METHODS[name].analyse(
                 model, example, ignore=search.ignore, keep_channels=search.keep_channels

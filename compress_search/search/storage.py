@@ -28,7 +28,7 @@ from compress_search.search.database_url import (
 )
 from compress_search.search.heartbeats import Heartbeat
 from compress_search.search.patient_storage import PATIENCE_SECONDS, PatientStorage, passing_fault
-from compress_search.workspace import Workspace
+from compress_search.workspace import Workspace, prove_writable
 
 logger = logging.getLogger("compress_search")
 
@@ -105,6 +105,33 @@ def open_storage(
     if parsed.get_backend_name() == "sqlite":
         sqlalchemy.event.listen(storage.engine, "begin", _begin_immediately)
     return storage
+
+
+def check_storage(url: str | None, workspace: Workspace) -> None:
+    """Prove that a SQLite file can be made or written, and leave nothing behind; servers are not asked.
+
+    Args:
+        url: See :func:`open_storage`.
+        workspace: The workspace, whose folder need not be there yet.
+
+    Raises:
+        StudyError: It cannot, or the URL is not one that can keep a resumable study.
+    """
+    parsed = make_sqlite_url(workspace.database) if url is None else parse_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return
+    _check_file(parsed, must_exist=False)
+    folder = Path(str(parsed.database)).absolute().parent
+    if not folder.exists() and folder in workspace.stages.absolute().parents:
+        # It is made with the workspace, which is there before its database.
+        return
+    try:
+        prove_writable(folder)
+    except OSError as error:
+        raise StudyError(
+            f"The database {shown_url(parsed)} cannot be used: {error}. Create its folder, or name another: "
+            "--storage URL on the command line, storage=... in Python."
+        ) from error
 
 
 def _check_file(url: URL, *, must_exist: bool) -> None:

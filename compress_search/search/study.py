@@ -13,11 +13,12 @@ import optuna
 import torch
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
+from torch import nn
 
 from compress_search.exceptions import ConfigError, StudyError
 from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kept_channels import channels_to_keep
-from compress_search.profile import profile_model
+from compress_search.profile import ModelProfile, profile_model
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
 from compress_search.search.compression_study import CompressionStudy, TestScore
@@ -35,6 +36,7 @@ from compress_search.search.settings import SearchSettings
 from compress_search.search.stage_uses import remember_database
 from compress_search.search.storage import open_storage, quiet_optuna
 from compress_search.search.variables import Choice, Range
+from compress_search.selection.manual import check_share_names
 from compress_search.stages import StageRunner
 from compress_search.task import Task
 from compress_search.training.readiness import check_training
@@ -123,7 +125,8 @@ def create_study(
     Raises:
         ConfigError: Settings are out of range; all faults are in the message.
         TaskError: The task cannot be used.
-        ModelError: ``ignore`` or ``keep_channels`` names a layer or channel that the model does not have.
+        ModelError: ``ignore``, ``shares`` or ``keep_channels`` names a layer or channel that the model does
+            not have.
         WorkspaceError: The workspace cannot be written.
         StudyMismatchError: A study of that name was made with other settings, or by another program.
         StudyError: The name, the device or the database cannot be used.
@@ -165,10 +168,7 @@ def create_study(
     place, where = Workspace(Path(workspace)), choose_device(device)
     model = task.build_model()
     task.check(model, where)
-    trainings = (settings.fine_tune, settings.final_fine_tune, settings.per_layer_fine_tune)
-    check_training(task, trainings, where)
-    channels_to_keep(settings.keep_channels, model)
-    layers_matching(settings.ignore, profile_model(model, task.example_input.to(where), warn=True))
+    check_settings(settings, task, model, where)
     runner = _runner(task, place.prepare(), settings, where, Progress())
     database = open_storage(storage, place)
     study = _find(database, name)
@@ -279,6 +279,33 @@ def _asked(
         size=size,
         measure=lambda: runner.reference,
     )
+
+
+def check_settings(
+    settings: SearchSettings, task: Task, model: nn.Module, device: torch.device
+) -> ModelProfile:
+    """Find what of a study's settings its task and its model do not allow, before any work starts.
+
+    Args:
+        settings: The settings, sound in themselves.
+        task: The task, sound in itself.
+        model: Its original model, on the device.
+        device: Where models run.
+
+    Returns:
+        What the model costs.
+
+    Raises:
+        TaskError: The task cannot be trained as the settings say.
+        ModelError: ``ignore``, ``shares`` or ``keep_channels`` names what the model does not have.
+    """
+    trainings = (settings.fine_tune, settings.final_fine_tune, settings.per_layer_fine_tune)
+    check_training(task, trainings, device)
+    channels_to_keep(settings.keep_channels, model)
+    check_share_names(settings.shares, model)
+    profile = profile_model(model, task.example_input.to(device), warn=True)
+    layers_matching(settings.ignore, profile)
+    return profile
 
 
 def check_name(name: str) -> None:

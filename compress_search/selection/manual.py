@@ -9,12 +9,16 @@ nothing is left to choose, and the ratio has to be the one that the shares give.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from compress_search.exceptions import ModelError, RatioError
 from compress_search.methods.method import Analysis
+from compress_search.profile import COUNTED_LAYERS
 from compress_search.selection.choices import budget_within_reach, in_words, size_choices, size_of_share
 from compress_search.selection.remainder import CLOSE
 from compress_search.selection.request import SelectionRequest
@@ -101,6 +105,38 @@ def shares_by_unit(analysis: Analysis, shares: Mapping[str, float]) -> dict[str,
     if faults:
         raise ModelError("\n".join(faults))
     return found | {name: shares[name] for name in names if name in shares}
+
+
+def check_share_names(shares: Mapping[str, float], model: nn.Module) -> None:
+    """Find names of shares that no method can know, before anything is compressed.
+
+    Layers are factorised into parts that have names below theirs, so a name may go on after a layer's; and of
+    a pattern only what stands before its first ``*`` can be judged.
+
+    Args:
+        shares: Shares by name or pattern.
+        model: The original model.
+
+    Raises:
+        ModelError: A name is that of nothing in the model; all faults at once.
+    """
+    modules = model.named_modules()
+    names = [n for n, m in modules if n and (isinstance(m, COUNTED_LAYERS) or not any(m.children()))]
+    faults = []
+    for pattern in shares:
+        start = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+        is_pattern = start != pattern
+        if any(
+            start == n or start.startswith(f"{n}.") or (is_pattern and n.startswith(start)) for n in names
+        ):
+            continue
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+        remedy = (
+            f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(names)}."
+        )
+        faults.append(f"shares names {pattern!r}, which is no layer of the model. {remedy}")
+    if faults:
+        raise ModelError("\n".join(faults))
 
 
 def _why_not(analysis: Analysis, pattern: str) -> str:

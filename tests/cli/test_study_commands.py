@@ -397,3 +397,38 @@ def test_validate_finds_what_is_wrong_with_the_task(project: Path, capsys: Outpu
     task.write_text(task.read_text().replace("nn.Linear(8, 2)", "nn.Linear(8, 1)"))
     assert main(["validate", "tiny.yaml"]) == 2
     assert "The model's output does not fit train's targets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["fine_tune.precision=float16", "device=cpu"], "cannot be fine-tuned:"),
+        (["fine_tune.options={a: 1}"], "fine_tune.options is {'a': 1}"),
+        (
+            ["storage=sqlite:////nonexistent/folder/x.db"],
+            "The database sqlite:////nonexistent/",
+        ),
+        (["workspace=tiny.yaml/runs"], "The workspace '"),
+        (
+            ["selection=manual", "shares={nolayer: 0.5}"],
+            "shares names 'nolayer', which is no layer",
+        ),
+        (["ignore=[nolayer]"], "ignore names 'nolayer'"),
+        (["keep_channels={nolayer: [0]}"], "nolayer"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_validate_refuses_what_run_refuses(
+    words: list[str], fault: str, project: Path, capsys: Output
+) -> None:
+    for command in ("run", "validate"):
+        before = {path for path in project.rglob("*") if "runs" in path.parts}
+        assert main([command, "tiny.yaml", *words]) == 2
+        assert fault in capsys.readouterr().err
+        if command == "validate":
+            assert {path for path in project.rglob("*") if "runs" in path.parts} == before
+
+
+def test_validate_leaves_a_database_to_be_made_with_its_workspace(project: Path) -> None:
+    assert main(["validate", "tiny.yaml", "storage=sqlite:///runs/own.db"]) == 0
+    assert not (project / "runs").exists()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from torch import nn
 
 from compress_search.exceptions import ModelError, RatioError
-from compress_search.selection.manual import Manual, shares_by_unit
+from compress_search.selection.manual import Manual, check_share_names, shares_by_unit
 from compress_search.selection.request import SelectionRequest
 from compress_search.selection.uniform import select_uniform
 
@@ -88,3 +91,16 @@ def test_a_layer_sized_with_others_names_them(analysed):
     assert "layers.1" not in {unit.name for unit in analysis.units}
     with pytest.raises(ModelError, match=rf"sized with others. Name '{together.name}'"):
         _select(analysis, 0.6, {"layers.1": 0.5})
+
+
+@pytest.mark.parametrize("name", ["0", "0.*", "0.vertical", "*", "[0-9]*", "*.horizontal"])
+def test_names_that_a_method_may_know_are_sound(tiny_net, name):
+    check_share_names({name: 0.5}, tiny_net())
+
+
+@pytest.mark.parametrize("name", ["nolayer", "nolayer.*", "00", "0x*", "block", "block.2"])
+def test_a_name_of_nothing_in_the_model_is_refused_before_anything_is_compressed(tiny_net, name):
+    net = tiny_net()
+    net.add_module("block", nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    with pytest.raises(ModelError, match=rf"shares names '{re.escape(name)}', which is no layer"):
+        check_share_names({"0": 0.5, name: 0.5}, net)
