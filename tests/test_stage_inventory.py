@@ -148,10 +148,11 @@ def test_verifying_sets_aside_what_is_damaged_and_says_whom_it_concerns(workspac
     assert verify(workspace, StageUses(), quiet()) == ()
 
 
-def test_what_was_set_aside_and_is_whole_stays_and_is_put_back_by_verifying(workspace, store):
+def test_what_was_set_aside_and_is_whole_stays_and_is_put_back_by_verifying(workspace, store, age):
     for key in ("sound", "again", "damaged"):
         aside = store(key).rename(workspace.stages / f"{key}.damaged-1")
     (aside / "plan.json").unlink()
+    age(aside, DAY)
     store("again")
     known = uses(["sound", "again", "damaged"])
     # The one that was computed again is not the only copy.
