@@ -57,11 +57,12 @@ def test_a_reused_stage_is_told_from_a_computed_one(new_study, make_settings, ob
 def test_a_failed_trial_shows_where_and_how_far_it_was(new_study, make_settings, objective, runner, history):
     def fail(stage):
         if stage.name == "fine_tune":
+            runner.before_stage = lambda stage: None
             raise ValueError("no such batch")
 
     runner.before_stage, runner.epochs = fail, 2
     study, settings = new_study(), make_settings(fine_tune=FineTune(epochs=5))
-    run(study, objective(runner, settings), 1)
+    run(study, objective(runner, settings), 2)
     failed = history(study, 0)
     assert (failed.state, failed.ahead) == ("failed", ("fine_tune", "channel_pruning", "fine_tune"))
     assert (failed.epochs, failed.of_epochs) == (2, 5)
