@@ -349,7 +349,8 @@ def test_fault_of_a_tool_is_its_result(cases, running, real_laboratory, tmp_path
     assert real_laboratory.stored(case, []) == result
 
 
-@pytest.mark.parametrize("importance", ["magnitude", pytest.param("taylor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
 def test_torch_pruning_meets_the_budget(cases, networks, layers, peer, importance):
     tool = importlib.import_module("benchmarks.torch_pruning_peer")
     network = friendly(networks, resnet20().state_dict())

@@ -102,6 +102,7 @@ def test_plans_have_the_same_trials_in_all(study):
         assert dataclasses.replace(part.settings, final_fine_tune=None) == settings
 
 
+@pytest.mark.slow
 def test_a_trial_alone_comes_to_what_it_came_to_in_its_study(study):
     torch.manual_seed(0)
     model = nn.Sequential(

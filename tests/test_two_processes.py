@@ -95,6 +95,7 @@ def left(folder):
     return sorted(path.name for path in (folder / "runs" / "stages").iterdir())
 
 
+@pytest.mark.slow
 def test_it_is_computed_once_and_both_have_it(start, tmp_path):
     holder, waiting = start(grace=60)
     (tmp_path / "go").touch()

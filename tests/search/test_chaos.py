@@ -255,7 +255,7 @@ def only_complete(crowd):
     ("database", "seconds"),
     [
         ("postgresql", 0),
-        ("postgresql", 4),
+        pytest.param("postgresql", 4, marks=slow),
         pytest.param("mariadb", 4, marks=slow),
         pytest.param("postgresql", 60, marks=slow),
     ],
