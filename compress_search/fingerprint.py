@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,15 +55,19 @@ def data_fingerprint(loader: Iterable[Any]) -> str:
     Returns:
         20 hexadecimal digits.
     """
-    drawn = [[hash_of(loader) for hash_of in (_first_batch_hash, _examples_hash)] for _ in range(2)]
-    alike = [first if first == second else None for first, second in zip(*drawn, strict=True)]
-    return content_hash([_length_of(loader), *alike])
+    examples = _hash_in_memory(loader) or _repeatable(_examples_hash, loader)
+    return content_hash([_length_of(loader), _repeatable(_first_batch_hash, loader), examples])
 
 
 def is_repeatable(loader: Iterable[Any]) -> bool:
     """Whether a loader yields the same first batch again under the same seed."""
-    first, second = (_first_batch_hash(loader) for _ in range(2))
-    return first == second
+    return _repeatable(_first_batch_hash, loader) is not None
+
+
+def _repeatable(hash_of: Callable[[Any], str | None], loader: Any) -> str | None:
+    """A hash of what is drawn from a loader; ``None`` if it is another one the second time."""
+    first, second = (hash_of(loader) for _ in range(2))
+    return first if first == second else None
 
 
 def begun(loader: Iterable[Any]) -> Iterator[Any]:
@@ -128,13 +132,17 @@ def _first_batch_hash(loader: Iterable[Any]) -> str:
         return _hash_of([next(begun(loader), None)])
 
 
-def _examples_hash(loader: Any) -> str | None:
-    """Hash examples of what a loader draws from; ``None`` if they cannot be asked for."""
+def _hash_in_memory(loader: Any) -> str | None:
+    """Hash all that a loader yields or draws from, if it lies in memory as tensors."""
     if isinstance(loader, list | tuple):
         return _hash_of(loader)
     data = getattr(loader, "dataset", None)
-    if isinstance(data, TensorDataset):
-        return _hash_of(data.tensors)
+    return _hash_of(data.tensors) if isinstance(data, TensorDataset) else None
+
+
+def _examples_hash(loader: Any) -> str | None:
+    """Hash examples of what a loader draws from; ``None`` if they cannot be asked for."""
+    data = getattr(loader, "dataset", None)
     try:
         count = len(data)  # type: ignore[arg-type]
         with seeded(0):

@@ -236,13 +236,13 @@ class StageRunner:
     def identity(self) -> dict[str, Any]:
         """What the results depend on beside the recipe: fingerprints, names and the seed."""
         task = self._task
-        calibration = task.train if task.calibration is None else task.calibration
+        train = data_fingerprint(task.train)
         return {
             "format": _STAGE_FORMAT,
             "model": model_fingerprint(self._original),
-            "train": data_fingerprint(task.train),
+            "train": train,
             "validation": data_fingerprint(task.validation),
-            "calibration": data_fingerprint(calibration),
+            "calibration": train if task.calibration is None else data_fingerprint(task.calibration),
             "evaluate": function_identity(task.evaluate),
             "loss": function_identity(task.loss),
             "seed": self._seed,
