@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def duration(seconds: float) -> str:
@@ -19,6 +20,19 @@ def duration(seconds: float) -> str:
 def without_numbers(text: str) -> str:
     """Write ``#`` for every number, so that messages which differ in nothing else are the same."""
     return re.sub(r"[\d.]+", "#", text)
+
+
+def nearest_names(name: str, names: Iterable[str], *, otherwise: str) -> str:
+    """Ask whether one of the layers of nearly that name was meant.
+
+    Args:
+        name: What is no layer.
+        names: Of the layers that there are.
+        otherwise: What to begin the list of all with, if none is near.
+    """
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"{otherwise}: {', '.join(known)}."
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from compress_search.exceptions import ModelError
+from compress_search.plain_text import nearest_names
 from compress_search.profile import ModelProfile
 
 
@@ -28,10 +28,7 @@ def layers_matching(patterns: Collection[str], profile: ModelProfile) -> frozens
         matches = {n for n in names if fnmatchcase(n, pattern) or n.startswith(f"{pattern}.")}
         found |= matches
         if not matches:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-            remedy = (
-                f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Layers: {', '.join(names)}."
-            )
+            remedy = nearest_names(pattern, names, otherwise="Layers")
             faults.append(f"ignore names {pattern!r}, which matches no convolution or linear layer. {remedy}")
     if faults:
         raise ModelError("\n".join(faults))

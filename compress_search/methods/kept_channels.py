@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from compress_search.exceptions import ModelError
 from compress_search.methods.coupling import CoupledGroup
+from compress_search.plain_text import nearest_names
 from compress_search.profile import COUNTED_LAYERS
 from compress_search.surgery import channel_count
 
@@ -44,10 +44,7 @@ def channels_to_keep(wanted: KeptChannels, model: nn.Module) -> dict[str, frozen
     faults = []
     for name, channels in wanted.items():
         if name not in layers:
-            near = difflib.get_close_matches(name, layers, n=3, cutoff=0.4)
-            remedy = (
-                f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Layers: {', '.join(layers)}."
-            )
+            remedy = nearest_names(name, layers, otherwise="Layers")
             faults.append(f"keep_channels names {name!r}, which is no convolution or linear layer. {remedy}")
             continue
         number = channel_count(layers[name], "outputs")

@@ -8,7 +8,6 @@ nothing is left to choose, and the ratio has to be the one that the shares give.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 
 from compress_search.exceptions import ModelError, RatioError
 from compress_search.methods.method import Analysis
+from compress_search.plain_text import nearest_names
 from compress_search.profile import COUNTED_LAYERS
 from compress_search.selection.choices import budget_within_reach, in_words, size_choices, size_of_share
 from compress_search.selection.remainder import CLOSE
@@ -130,10 +130,7 @@ def check_share_names(shares: Mapping[str, float], model: nn.Module) -> None:
             start == n or start.startswith(f"{n}.") or (is_pattern and n.startswith(start)) for n in names
         ):
             continue
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-        remedy = (
-            f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(names)}."
-        )
+        remedy = nearest_names(pattern, names, otherwise="There are")
         faults.append(f"shares names {pattern!r}, which is no layer of the model. {remedy}")
     if faults:
         raise ModelError("\n".join(faults))
@@ -146,7 +143,5 @@ def _why_not(analysis: Analysis, pattern: str) -> str:
         return f"which is left alone: {analysis.left_alone[pattern]}."
     if together:
         return f"whose channels are sized with others. Name {' or '.join(map(repr, together))}."
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-    return "which matches nothing that can be sized. " + (
-        f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(names)}."
-    )
+    remedy = nearest_names(pattern, names, otherwise="There are")
+    return f"which matches nothing that can be sized. {remedy}"
