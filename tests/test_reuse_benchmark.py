@@ -94,12 +94,20 @@ def test_plans_have_the_same_trials_in_all(study):
     settings = SearchSettings(target=0.5, fine_tune=FineTune(epochs=2, lr=0.01))
     plans = study.plans(settings, 12)
     assert tuple(plans) == study.PLANS
-    assert [sum(part.n_trials for part in plan) for plan in plans.values()] == [12, 12, 12, 12]
+    assert [sum(part.n_trials for part in plan) for plan in plans.values()] == [12, 12, 12, 12, 12]
     assert plans["default"] == (study.Part(settings, 12),)
     assert [part.settings.final_fine_tune.lr for part in plans["variants"]] == [0.005, 0.01, 0.02]
     # They share everything but the last fine-tuning.
     for part in plans["variants"]:
         assert dataclasses.replace(part.settings, final_fine_tune=None) == settings
+
+
+def test_grids_are_as_large_as_their_studies(study):
+    for grid in (study.crossing(12), study.refinement(12)):
+        assert len(grid["c_ssvd"]) * len(set(grid["c_cp"])) == 12
+    one = study.refinement(8)
+    assert one["c_ssvd"] == (0.75,)
+    assert one["c_cp"] == (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 
 @pytest.mark.slow

@@ -7,13 +7,15 @@ after the other, so that whatever else the machine does troubles both. The pipel
 what it took the study to propose them is time of the study's alone. Both must come to the same accuracies,
 stage by stage, or there is an error and no table.
 
-How much is shared depends on what the trials ask for, so there are four plans:
+How much is shared depends on what the trials ask for, so there are five plans:
 
 * ``default``: one study as configured. Its first ratios lie on a grid of 0.05, where few meet.
 * ``coarse``: the same on a grid of 0.125, a handful of first ratios as in AIMET's guidebook, each with
   several second ones.
 * ``guidebook``: what AIMET's guidebook does, three first ratios and from each network that they leave
   several second ones, with the ``grid`` sampler.
+* ``refinement``: its later half, one first ratio and from the network that it leaves as many second ones as
+  there are trials. No two trials of this method pair can share more.
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
@@ -64,7 +66,9 @@ FIRST_RATIOS = (0.65, 0.75, 0.85)
 SECOND_RATIOS = (0.8, 0.7, 0.6, 0.5)
 """Of the guidebook's plan: so many of them, and in this order, that all first ratios have as many."""
 LR_FACTORS = (0.5, 1.0, 2.0)
-PLANS = ("default", "coarse", "guidebook", "variants")
+REFINED_RATIO = 0.75
+LARGEST_SECOND, SMALLEST_SECOND = 0.85, 0.5
+PLANS = ("default", "coarse", "guidebook", "refinement", "variants")
 CPU = "cpu"
 
 T = TypeVar("T")
@@ -97,6 +101,7 @@ def plans(settings: SearchSettings, n_trials: int) -> dict[str, tuple[Part, ...]
         "default": (Part(settings, n_trials),),
         "coarse": (Part(replace(settings, step=COARSE_STEP), n_trials),),
         "guidebook": (Part(replace(settings, sampler="grid", grid=crossing(n_trials)), n_trials),),
+        "refinement": (Part(replace(settings, sampler="grid", grid=refinement(n_trials)), n_trials),),
         "variants": tuple(Part(variant, n_trials // len(LR_FACTORS)) for variant in variants),
     }
 
@@ -105,6 +110,12 @@ def crossing(n_trials: int) -> dict[str, tuple[float, ...]]:
     """The ratios of at most so many trials: all of the first, each with as many of the second."""
     of_each = max(1, n_trials // len(FIRST_RATIOS))
     return {"c_ssvd": FIRST_RATIOS, "c_cp": SECOND_RATIOS[:of_each]}
+
+
+def refinement(n_trials: int) -> dict[str, tuple[float, ...]]:
+    """One first ratio, and as many second ones, evenly from the largest to the smallest."""
+    seconds = torch.linspace(LARGEST_SECOND, SMALLEST_SECOND, n_trials, dtype=torch.float64)
+    return {"c_ssvd": (REFINED_RATIO,), "c_cp": tuple(round(second, 4) for second in seconds.tolist())}
 
 
 def compare(task: Task, plan: Sequence[Part], progress: Progress) -> Comparison:
