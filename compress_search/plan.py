@@ -55,6 +55,19 @@ class Part:
         return module
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+"""What PyTorch calls with a module, forwards and backwards; there is no public way to ask for it."""
+
+
 @dataclass(frozen=True)
 class FactoriseLayer:
     """Replace a layer by a sequence of smaller ones.
@@ -72,7 +85,8 @@ class FactoriseLayer:
     def apply(self, model: nn.Module) -> None:
         """Make the change in ``model``, in place.
 
-        The new weights are PyTorch's initial ones, and are trained or frozen as the layer's own were.
+        The new weights are PyTorch's initial ones, and are trained or frozen as the layer's own were. What was
+        registered to be called with the layer (hooks) is called with the sequence.
         """
         old = _submodule(model, self.layer)
         weight = getattr(old, "weight", None)
@@ -81,6 +95,9 @@ class FactoriseLayer:
         new = nn.Sequential(OrderedDict((part.name, part.build(weight)) for part in self.parts))
         new.train(old.training)
         _freeze_alike(new, old, weight)
+        for name in _HOOKS:
+            # The same dictionaries: the handles that registering gave remove from these.
+            setattr(new, name, getattr(old, name))
         # A module that the network uses under several names is replaced under each of them.
         for parent in list(model.modules()):
             for child, module in list(parent._modules.items()):

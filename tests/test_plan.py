@@ -117,6 +117,27 @@ def test_parts_are_built_in_the_precision_of_the_layer(tiny_net):
     assert {p.dtype for p in compressed.parameters()} == {torch.float64}
 
 
+def test_hooks_of_a_factorised_layer_are_called_with_what_replaces_it(tiny_net):
+    model = tiny_net()
+    seen = []
+    layer = model.get_submodule("3")
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(("before", inputs[0].shape[1]))),
+        layer.register_forward_hook(lambda *_: seen.append(("kwargs",)), with_kwargs=True),
+        layer.register_forward_hook(lambda _module, _inputs, output: output * 0),
+        layer.register_full_backward_hook(lambda _, __, given: seen.append(("backward", given[0].shape[1]))),
+    ]
+    FACTORISE.apply(model)
+    output = model[:4](torch.zeros(1, 1, 6, 6, requires_grad=True))
+    output.sum().backward()
+    assert not output.any()
+    assert seen == [("before", 4), ("kwargs",), ("backward", 8)]
+    for handle in handles:
+        handle.remove()
+    assert model[:4](torch.ones(1, 1, 6, 6)).any()
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, True), (True, False), (False, False)])
 def test_what_was_frozen_stays_frozen(tiny_net, weight, bias):
     model = tiny_net()
