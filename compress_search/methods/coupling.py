@@ -374,16 +374,19 @@ def _outputs_in_training(model: nn.Module, example: Tensor) -> Any:
 
 
 def _silence(consumer: nn.Module, channels: Collection[int]) -> None:
-    """Make a layer deaf to some of its input channels, and so all that have its weight."""
-    weight = consumer.weight
-    assert isinstance(weight, nn.Parameter)
-    weight.data = weight.data.clone()
-    with torch.no_grad():
-        if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
-            weight[list(channels)] = 0.0
-        else:
-            # The same positions in every group, which is how a block of a grouped convolution is made.
-            weight[:, sorted({channel % weight.shape[1] for channel in channels})] = 0.0
+    """Make a layer deaf to some of its input channels, and no other that shares its weight.
+
+    Nor does pruning its inputs cut another layer's.
+    """
+    before = consumer.weight
+    assert isinstance(before, nn.Parameter)
+    weight = before.detach().clone()
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
+        weight[list(channels)] = 0.0
+    else:
+        # The same positions in every group, which is how a block of a grouped convolution is made.
+        weight[:, sorted({channel % weight.shape[1] for channel in channels})] = 0.0
+    consumer.weight = nn.Parameter(weight, before.requires_grad)
 
 
 def _alike(one: Any, other: Any) -> bool:

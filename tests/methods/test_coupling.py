@@ -124,6 +124,26 @@ def test_channels_that_are_tied_in_a_hidden_way_are_found_out_and_stay():
     assert coupling.reasons == {"stem": reason, "head": "it makes the network's output"}
 
 
+class SharedWeight(nn.Module):
+    """Two layers that share a weight: cutting the inputs of one leaves the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.two.weight = self.one.weight
+        self.rest = Swapped()
+        self.rest.stem = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.rest(torch.relu(self.two(torch.relu(self.one(torch.relu(self.stem(x)))))))
+
+
+def test_a_group_is_tried_without_changing_what_shares_its_consumers_weight():
+    # The last one fails, so that each is tried alone.
+    coupling = find_coupling(SharedWeight(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["stem", "one", "two", "rest.hidden"]
+
+
 class CountedFromTheEnd(nn.Module):
     """The last channels of a map are something else; without one of the others they still are the last."""
 
