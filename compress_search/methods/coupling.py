@@ -35,7 +35,7 @@ from compress_search.profile import (
     inference_mode_of,
     training_paths_of,
 )
-from compress_search.surgery import SIDES, carries_channels, channel_count, chunks
+from compress_search.surgery import SIDES, carries_channels, channel_count, chunks, has_channel
 from compress_search.weight_sharing import copy_sharing_weights
 
 Blocks = tuple[tuple[int, ...], ...]
@@ -194,7 +194,7 @@ def _as_group(model: nn.Module, traced: TracedGroup, idle: Collection[str]) -> C
                 ties.merge(one, other)
     blocks = [[channel for channel in subset if isinstance(channel, Channel)] for subset in ties.subsets()]
     for channel in itertools.chain.from_iterable(blocks):
-        if not 0 <= channel.number < channel_count(model.get_submodule(channel.layer), channel.side):
+        if not has_channel(model.get_submodule(channel.layer), channel.side, channel.number):
             # Seen with x[:, -4:], whose end is Python's largest number to torch-pruning 1.6.
             return f"torch-pruning counts its channels wrongly at {channel.layer}"
     members = []

@@ -172,6 +172,12 @@ def test_channels_that_are_counted_from_the_end_are_found_out_and_stay(take):
     assert "stem" in coupling.reasons
 
 
+def test_a_rectifier_of_one_slope_has_whatever_channels_it_is_given():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PReLU(), nn.Conv2d(8, 4, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1))
+    coupling = find_coupling(net, EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["0", "2"]
+
+
 class LastOnesApart(nn.Module):
     """A layer for the last channels of a map, and one for the others."""
 
