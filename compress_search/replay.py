@@ -149,7 +149,7 @@ class Prefix:
 
         with (
             _patched(self._model, replay),
-            _exchanged(self._model, parameters),
+            exchanged(self._model, parameters),
             inference_mode_of(self._model),
         ):
             return self._model(self._batch)
@@ -313,26 +313,30 @@ def _version(argument: Any) -> int:
 
 
 @contextmanager
-def _exchanged(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the model other parameters, wherever they are used and under whatever names.
+def exchanged(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give layers of a model other parameters within the block.
+
+    Other modules that share a parameter keep it: what compresses a layer parts it from those.
 
     Not :func:`torch.func.functional_call`, which leaves a module that has two names with the other parameters
     for good.
+
+    Args:
+        model: The model.
+        parameters: By their names in ``model.named_parameters()``.
     """
-    others = {model.get_parameter(name): value for name, value in parameters.items()}
-    holders = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter in others
-    ]
+    holders = []
+    for full_name, value in parameters.items():
+        owner, _, name = full_name.rpartition(".")
+        holders.append((model.get_submodule(owner)._parameters, name, nn.Parameter(value, False)))
+    before = [held[name] for held, name, _ in holders]
     try:
-        for module, name, parameter in holders:
-            module._parameters[name] = others[parameter]  # type: ignore[assignment]
+        for held, name, value in holders:
+            held[name] = value
         yield
     finally:
-        for module, name, parameter in holders:
-            module._parameters[name] = parameter
+        for (held, name, _), parameter in zip(holders, before, strict=True):
+            held[name] = parameter
 
 
 @contextmanager

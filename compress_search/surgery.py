@@ -77,6 +77,18 @@ def channel_count(module: nn.Module, side: str) -> int:
     return module.num_features
 
 
+def has_channel(module: nn.Module, side: str, number: int) -> bool:
+    """Whether a module has a channel of that number; a PReLU of one parameter has whatever it is given.
+
+    Args:
+        module: The module.
+        side: ``"inputs"`` or ``"outputs"``.
+        number: The channel.
+    """
+    is_indifferent = isinstance(module, nn.PReLU) and module.num_parameters == 1
+    return number >= 0 and (is_indifferent or number < channel_count(module, side))
+
+
 def chunks(module: nn.Module, side: str) -> int:
     """In how many chunks the channels of one side lie that must stay equally wide; 1 where there are none.
 

@@ -7,6 +7,7 @@ those maps become *blocks*: the smallest sets of channels that can be removed wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from compress_search.profile import (
     inference_mode_of,
     training_paths_of,
 )
-from compress_search.surgery import SIDES, carries_channels, channel_count, chunks
+from compress_search.surgery import SIDES, carries_channels, channel_count, chunks, has_channel
 from compress_search.weight_sharing import copy_sharing_weights
 
 Blocks = tuple[tuple[int, ...], ...]
@@ -101,9 +102,10 @@ class Coupling:
 def find_coupling(model: nn.Module, example_input: Tensor, *, ignore: Collection[str] = ()) -> Coupling:
     """Find every group of channels that can be pruned.
 
-    The groups are tried: without their first blocks the network must run, and give exactly what it gives
-    when nothing listens to those channels. A group for which that does not hold is left alone. Where layers
-    run in training alone, it must run on the paths of training too; what only they make is left as it is.
+    The groups are tried: without their first blocks, and without their last ones, the network must run, and
+    give exactly what it gives when nothing listens to those channels. A group for which that does not hold is
+    left alone. Where layers run in training alone, it must run on the paths of training too; what only they
+    make is left as it is.
 
     Args:
         model: The model. It is not changed.
@@ -191,6 +193,10 @@ def _as_group(model: nn.Module, traced: TracedGroup, idle: Collection[str]) -> C
             if one in ties and other in ties:
                 ties.merge(one, other)
     blocks = [[channel for channel in subset if isinstance(channel, Channel)] for subset in ties.subsets()]
+    for channel in itertools.chain.from_iterable(blocks):
+        if not has_channel(model.get_submodule(channel.layer), channel.side, channel.number):
+            # Seen with x[:, -4:], whose end is Python's largest number to torch-pruning 1.6.
+            return f"torch-pruning counts its channels wrongly at {channel.layer}"
     members = []
     for layer, side in sorted(traced.sides, key=_position_in(model)):
         if side == "inputs" and carries_channels(model.get_submodule(layer)):
@@ -272,19 +278,39 @@ def _tried(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], *, in_training: bool
 ) -> list[tuple[CoupledGroup, str]]:
     """Try all groups at once, and one by one only if that fails."""
-    if not groups or not _fault_without_first_blocks(model, example, groups, in_training):
+    if not groups or not _fault_at_an_end(model, example, groups, in_training):
         return [(group, "") for group in groups]
-    return [(group, _fault_without_first_blocks(model, example, [group], in_training)) for group in groups]
+    return [(group, _fault_at_an_end(model, example, [group], in_training)) for group in groups]
 
 
-def _fault_without_first_blocks(
+def _fault_at_an_end(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], in_training: bool
 ) -> str:
-    """What goes wrong when the first block of each group is removed; ``in_training``, in training too."""
+    """What goes wrong when the first block of each group is removed, or else the last.
+
+    A network that takes some channels by their numbers may count them from either end: ``x[:, -4:]`` is the
+    same as before without the first of them.
+    """
+    first = {group.name: 0 for group in groups}
+    last = {group.name: group.size - 1 for group in groups}
+    return _fault_without(model, example, groups, first, in_training) or _fault_without(
+        model, example, groups, last, in_training
+    )
+
+
+def _fault_without(
+    model: nn.Module,
+    example: Tensor,
+    groups: Sequence[CoupledGroup],
+    blocks: Mapping[str, int],
+    in_training: bool,
+) -> str:
+    """What goes wrong when one block of each group is removed; ``in_training``, in training too."""
     statistics = FixedStatistics()
     # Done with before there is a second copy: each can be as large as the model.
-    wanted, wanted_in_training = _without_listeners(model, example, groups, in_training, statistics)
-    edits = keep_blocks(model, groups, {group.name: range(1, group.size) for group in groups})
+    wanted, wanted_in_training = _without_listeners(model, example, groups, blocks, in_training, statistics)
+    kept = {g.name: [block for block in range(g.size) if block != blocks[g.name]] for g in groups}
+    edits = keep_blocks(model, groups, kept)
     step = PlanStep(method="channel_pruning", mac_ratio=1.0, edits=edits)
     try:
         pruned = apply_plan(model, CompressionPlan((step,)))
@@ -318,10 +344,11 @@ def _without_listeners(
     model: nn.Module,
     example: Tensor,
     groups: Sequence[CoupledGroup],
+    blocks: Mapping[str, int],
     in_training: bool,
     statistics: FixedStatistics,
 ) -> tuple[Any, Any]:
-    """What the network gives when nothing listens to the first block of each group.
+    """What the network gives when nothing listens to one block of each group.
 
     The statistics of normalisation across channels are noted down.
 
@@ -331,7 +358,7 @@ def _without_listeners(
     silenced, _ = copy_sharing_weights(model)
     for group in groups:
         for member in group.consumers:
-            _silence(silenced.get_submodule(member.layer), member.blocks[0])
+            _silence(silenced.get_submodule(member.layer), member.blocks[blocks[group.name]])
     with inference_mode_of(silenced), statistics.noted(silenced):
         outputs = silenced(example)
     return outputs, _outputs_in_training(silenced, example) if in_training else None
@@ -347,16 +374,19 @@ def _outputs_in_training(model: nn.Module, example: Tensor) -> Any:
 
 
 def _silence(consumer: nn.Module, channels: Collection[int]) -> None:
-    """Make a layer deaf to some of its input channels, and so all that have its weight."""
-    weight = consumer.weight
-    assert isinstance(weight, nn.Parameter)
-    weight.data = weight.data.clone()
-    with torch.no_grad():
-        if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
-            weight[list(channels)] = 0.0
-        else:
-            # The same positions in every group, which is how a block of a grouped convolution is made.
-            weight[:, sorted({channel % weight.shape[1] for channel in channels})] = 0.0
+    """Make a layer deaf to some of its input channels, and no other that shares its weight.
+
+    Nor does pruning its inputs cut another layer's.
+    """
+    before = consumer.weight
+    assert isinstance(before, nn.Parameter)
+    weight = before.detach().clone()
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
+        weight[list(channels)] = 0.0
+    else:
+        # The same positions in every group, which is how a block of a grouped convolution is made.
+        weight[:, sorted({channel % weight.shape[1] for channel in channels})] = 0.0
+    consumer.weight = nn.Parameter(weight, before.requires_grad)
 
 
 def _alike(one: Any, other: Any) -> bool:

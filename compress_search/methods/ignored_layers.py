@@ -11,7 +11,7 @@ from compress_search.profile import ModelProfile
 
 
 def layers_matching(patterns: Collection[str], profile: ModelProfile) -> frozenset[str]:
-    """Return the counted layers that some pattern names.
+    """Return the counted layers that some pattern names, those among them that do not run.
 
     Args:
         patterns: Names, or patterns in which ``*`` stands for anything, as in ``"layer1.*"``. A name stands
@@ -21,7 +21,8 @@ def layers_matching(patterns: Collection[str], profile: ModelProfile) -> frozens
     Raises:
         ModelError: A pattern matches no layer; the nearest names are given, all faults at once.
     """
-    names = [layer.name for layer in profile.layers]
+    # An auxiliary head is left alone anyway, but to ask for it is no fault.
+    names = [layer.name for layer in (*profile.layers, *profile.idle)]
     found: set[str] = set()
     faults = []
     for pattern in patterns:

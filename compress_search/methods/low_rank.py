@@ -110,7 +110,10 @@ def factorise(
         left = vectors if lower is None else torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
         right = vectors.mT @ weighted
     tiny = torch.finfo(left.dtype).tiny
-    scale = (left.norm(dim=-2).clamp_min(tiny) / right.norm(dim=-1).clamp_min(tiny)).sqrt()
+    # Of a component that is nothing, one factor is zero, and an infinite scale would make NaN of that.
+    most = torch.finfo(left.dtype).max
+    ratio = (left.norm(dim=-2).clamp_min(tiny) / right.norm(dim=-1).clamp_min(tiny)).clamp_max(most)
+    scale = ratio.sqrt()
     total = product.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     # In place, since they can be the largest things in memory.
     return Factors(left.div_(scale[..., None, :]), right.mul_(scale[..., None]), energy.clamp_min(0), total)

@@ -11,7 +11,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from compress_search.exceptions import EvaluationError
 from compress_search.methods.method import Analysis, Imitation, Unit
 from compress_search.profile import inference_mode_of
 from compress_search.progress import Progress
-from compress_search.replay import Prefixes
+from compress_search.replay import Prefixes, exchanged
 from compress_search.selection.table import Cell
 
 logger = logging.getLogger("compress_search")
@@ -183,9 +182,9 @@ def measure_by_score(
         for size, parameters in imitation.parameters.items():
             if (imitation.unit, size) in known:
                 continue
-            before = _exchange(model, parameters)
             try:
-                cell = Cell(imitation.unit, size, whole - _finite_score(score, model))
+                with exchanged(model, parameters):
+                    cell = Cell(imitation.unit, size, whole - _finite_score(score, model))
                 measured.append(cell)
                 found([cell])
             except Exception as error:
@@ -199,8 +198,6 @@ def measure_by_score(
                         "again, or go on without such cells: on_cell_error: skip."
                     ) from error
                 logger.warning("%s It is left out of the table.", fault)
-            finally:
-                _exchange(model, before)
         return measured
 
     return _measure(analysis, calibration, losses, known=known, found=lambda _: None, progress=progress)
@@ -245,14 +242,3 @@ def _finite_score(score: Score, model: nn.Module) -> float:
     if not math.isfinite(value):
         raise EvaluationError(f"it returned {value}")
     return value
-
-
-def _exchange(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Give a model other values for some parameters, in place; return the ones it had."""
-    before = {}
-    with torch.no_grad():
-        for name, value in parameters.items():
-            parameter = model.get_parameter(name)
-            before[name] = parameter.detach().clone()
-            parameter.copy_(value)
-    return before

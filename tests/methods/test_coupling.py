@@ -124,6 +124,79 @@ def test_channels_that_are_tied_in_a_hidden_way_are_found_out_and_stay():
     assert coupling.reasons == {"stem": reason, "head": "it makes the network's output"}
 
 
+class SharedWeight(nn.Module):
+    """Two layers that share a weight: cutting the inputs of one leaves the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.two.weight = self.one.weight
+        self.rest = Swapped()
+        self.rest.stem = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.rest(torch.relu(self.two(torch.relu(self.one(torch.relu(self.stem(x)))))))
+
+
+def test_a_group_is_tried_without_changing_what_shares_its_consumers_weight():
+    # The last one fails, so that each is tried alone.
+    coupling = find_coupling(SharedWeight(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["stem", "one", "two", "rest.hidden"]
+
+
+class CountedFromTheEnd(nn.Module):
+    """The last channels of a map are something else; without one of the others they still are the last."""
+
+    def __init__(self, take) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+        self.take = take
+
+    def forward(self, x):
+        return self.head(self.hidden(self.take(self.stem(x))))
+
+
+def _last_ones_shifted(x):
+    return torch.cat([x[:, :-3], torch.roll(x[:, -3:], 1, dims=2)], dim=1)
+
+
+def _last_ones_negated(x):
+    is_last = torch.arange(x.shape[1]) >= x.shape[1] - 3
+    return torch.where(is_last[:, None, None], -x, x)
+
+
+@pytest.mark.parametrize("take", [_last_ones_shifted, _last_ones_negated])
+def test_channels_that_are_counted_from_the_end_are_found_out_and_stay(take):
+    coupling = find_coupling(CountedFromTheEnd(take), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["hidden"]
+    assert "stem" in coupling.reasons
+
+
+def test_a_rectifier_of_one_slope_has_whatever_channels_it_is_given():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PReLU(), nn.Conv2d(8, 4, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1))
+    coupling = find_coupling(net, EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["0", "2"]
+
+
+class LastOnesApart(nn.Module):
+    """A layer for the last channels of a map, and one for the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(5, 4, 1), nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.one(x[:, :-3]) + self.other(x[:, -3:]))
+
+
+def test_channels_that_the_graph_numbers_wrongly_stay():
+    coupling = find_coupling(LastOnesApart(), EXAMPLE)
+    assert [group.name for group in coupling.groups] == ["one"]
+    assert "wrongly" in coupling.reasons["stem"]
+
+
 def test_a_group_norm_elsewhere_does_not_hide_such_ties():
     normalised = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 1), Swapped())
     coupling = find_coupling(normalised, EXAMPLE)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from compress_search.exceptions import ModelError
+from compress_search.methods import METHODS
 from compress_search.methods.ignored_layers import layers_matching
+from compress_search.methods.method import DID_NOT_RUN
 from compress_search.profile import profile_model
 
 
@@ -31,6 +33,24 @@ def profile():
 )
 def test_names_prefixes_and_patterns(profile, patterns, expected):
     assert layers_matching(patterns, profile) == expected
+
+
+class WithAuxiliary(nn.Module):
+    """A second head that runs in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.auxiliary = (nn.Conv2d(2, 2, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_layer_that_does_not_run_may_be_named(method):
+    analysis = method.analyse(WithAuxiliary(), torch.zeros(1, 2, 4, 4), ignore=["auxiliary"])
+    assert analysis.left_alone["auxiliary"] == DID_NOT_RUN
 
 
 def test_names_that_match_nothing_are_all_reported_with_the_nearest(profile):

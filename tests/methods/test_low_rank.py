@@ -101,6 +101,15 @@ def test_full_rank_is_exact_even_where_the_data_has_directions_missing():
     torch.testing.assert_close(factors.left @ factors.right, matrix, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+@pytest.mark.parametrize("heard", [0, 3])
+def test_inputs_that_a_layer_does_not_hear_give_components_that_are_nothing(shape, heard):
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    matrix[heard:] = 0.0
+    factors = factorise(matrix, 1e-3 * torch.eye(shape[0], dtype=torch.float64))
+    torch.testing.assert_close(factors.left @ factors.right, matrix, rtol=1e-8, atol=1e-8)
+
+
 def test_both_factors_share_the_scale():
     factors = factorise(torch.randn(6, 9, dtype=torch.float64))
     torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from compress_search.exceptions import ConfigError, EvaluationError, WorkspaceEr
 from compress_search.methods import channel_choice, factorisation
 from compress_search.methods.method import Imitation
 from compress_search.profile import profile_model
+from compress_search.progress import Progress
 from compress_search.recipe import Compress
 from compress_search.selection import sensitivity
 from compress_search.selection.table import Cell, SensitivityTable
@@ -99,6 +101,41 @@ def test_without_data_the_imitation_is_the_compressed_model(method, net, batches
             wanted = built(batches[0])
             given = alone(analysis, unit.name, size, [])(batches[0])
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+
+
+class SharedWeight(nn.Module):
+    """Two layers that share a weight; each has its own once one of them is compressed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(m, 8, 3, padding=1) for m in (3, 8, 8))
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images):
+        x = torch.relu(self.one(torch.relu(self.stem(images))))
+        return self.head(torch.relu(self.two(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("measure", ["divergence", "score"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_shares_its_weight_is_compressed_without_the_other(method, measure, batches):
+    torch.manual_seed(0)
+    net = SharedWeight().eval()
+    analysis = analyse(net, batches[0][:1], stage(method))
+    settings = {"known": {}, "found": lambda cells: None, "progress": Progress()}
+    if measure == "divergence":
+        cells = sensitivity.measure_by_divergence(analysis, [], batches, probes=10, **settings)
+    else:
+        score = partial(_minus_divergence, net, batches)
+        cells = sensitivity.measure_by_score(analysis, [], score, on_error="stop", **settings)
+    for cell in cells:
+        built = analysis.apply({cell.unit: cell.size}, []).model
+        assert cell.loss == pytest.approx(divergence(built, net, batches), rel=1e-3, abs=1e-9)
+
+
+def _minus_divergence(net, batches, model):
+    return -divergence(model, net, batches)
 
 
 def test_the_imitation_of_pruning_is_what_refitting_the_consumers_alone_gives(net, batches):
