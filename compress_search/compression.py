@@ -37,7 +37,7 @@ from compress_search.selection.sensitivity import (
 from compress_search.selection.table import Cell, SensitivityTable
 from compress_search.selection.table_store import TableStore
 
-_TABLE_FORMAT = 3
+_TABLE_FORMAT = 4
 """Part of the name of every table. Raise it when the same settings would give other numbers than before."""
 
 
