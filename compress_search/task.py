@@ -73,6 +73,23 @@ def _check_classifies(outputs: Any, labels: Any) -> None:
     )
 
 
+def _check_not_compiled(model: nn.Module) -> None:
+    """What is compiled does not call its layers one by one: they can be neither watched nor exchanged."""
+    for name, module in model.named_modules():
+        # What torch.compile returns; its class can only be named by importing all of the compiler.
+        wraps = isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        # A part that is a script is left alone, as every other layer of an unknown kind.
+        if not wraps and (name or not isinstance(module, torch.jit.ScriptModule)):
+            continue
+        where = f"Its layer {name!r}" if name else "It"
+        remedy = "its _orig_mod" if wraps else "the module that it was made of"
+        raise TaskError(
+            f"Task.model cannot be compressed. {where} is a {type(module).__name__}, which is compiled: its "
+            f"layers can be neither watched nor exchanged. Give {remedy}; FineTune(compile=True) compiles "
+            "what is fine-tuned."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A trained model and what it takes to compress it.
@@ -114,7 +131,8 @@ class Task:
         """Return a fresh copy of the original model, in evaluation mode.
 
         Raises:
-            TaskError: ``model`` is neither a module nor a function that returns one, or cannot be copied.
+            TaskError: ``model`` is neither a module nor a function that returns one, cannot be copied, or
+                is compiled.
         """
         model = self.model
         if not isinstance(model, nn.Module):
@@ -123,12 +141,19 @@ class Task:
                     f"Task.model is a {type(model).__name__}. "
                     "Give a torch.nn.Module, or a function that returns one."
                 )
-            model = model()
+            try:
+                model = model()
+            except Exception as error:
+                raise TaskError(
+                    f"The function given as Task.model raised {type(error).__name__}: {error}. It is called "
+                    "without arguments, and returns a torch.nn.Module."
+                ) from error
             if not isinstance(model, nn.Module):
                 raise TaskError(
                     f"The function given as Task.model returned a {type(model).__name__}, "
                     "not a torch.nn.Module."
                 )
+        _check_not_compiled(model)
         try:
             return copy.deepcopy(model).eval()
         except Exception as error:
@@ -234,9 +259,15 @@ class Task:
         faults = []
         for name in ("train", "validation", "test", "calibration"):
             loader = getattr(self, name)
-            if loader is not None:
+            if loader is not None or name in ("train", "validation"):
                 judged = name in ("validation", "test") and self.evaluate is not accuracy
                 faults += loader_faults(name, loader, Batches.ANY if judged else BATCHES[name])
+        for name in ("evaluate", "loss", "training"):
+            function = getattr(self, name)
+            if not callable(function) and (function is not None or name != "training"):
+                faults.append(
+                    f"{name} is {function!r}, which cannot be called. Give a function, or leave it out."
+                )
         example: object = self.example_input
         if not isinstance(example, Tensor):
             faults.append(f"example_input is a {type(self.example_input).__name__}, not a torch.Tensor.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -101,11 +102,47 @@ def test_built_models_are_copies_in_evaluation_mode(tiny_task, tiny_net):
     [
         (torch.zeros(3), r"Task\.model is a Tensor\. Give a torch\.nn\.Module"),
         (lambda: {"weight": 1}, r"returned a dict, not a torch\.nn\.Module"),
+        (nn.Linear, r"The function given as Task\.model raised TypeError: Linear\.__init__\(\) missing 2"),
     ],
 )
 def test_what_is_not_a_model_is_refused(tiny_task, model, message):
     with pytest.raises(TaskError, match=message):
         tiny_task(model=model).build_model()
+
+
+class Wrapped(nn.Module):
+    """What torch.compile returns, without the time that importing the compiler takes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, inputs):
+        return self._orig_mod(inputs)
+
+
+def test_a_compiled_model_is_refused(tiny_task, tiny_net):
+    net = tiny_net()
+    with pytest.raises(TaskError, match="It is a Wrapped, which is compiled: .* Give its _orig_mod"):
+        tiny_task(model=Wrapped(net)).build_model()
+    with pytest.raises(TaskError, match="Its layer '1' is a Wrapped, which is compiled"):
+        tiny_task(model=nn.Sequential(nn.Identity(), Wrapped(net))).build_model()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        traced = torch.jit.trace(net.eval(), torch.zeros(1, 1, 6, 6))
+    with pytest.raises(TaskError, match="It is a TopLevelTracedModule, .* Give the module that it was made"):
+        tiny_task(model=traced).build_model()
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_loader_that_there_must_be_is_missed(tiny_task, name):
+    (fault,) = faults_of(tiny_task(**{name: None}))
+    assert fault == f"{name} is a NoneType, which cannot be iterated. Give a DataLoader."
+
+
+@pytest.mark.parametrize("name", ["evaluate", "loss", "training"])
+def test_what_cannot_be_called_is_told_before_it_is(tiny_task, name):
+    (fault,) = faults_of(tiny_task(**{name: "mine"}))
+    assert fault == f"{name} is 'mine', which cannot be called. Give a function, or leave it out."
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test", "calibration"])

@@ -149,13 +149,16 @@ class CompressionStudy:
                 first; a second signal ends it at once, which loses what it did since the last checkpoint.
         """
         total: object = n_trials
-        if not isinstance(total, int) or total < 1:
+        if not isinstance(total, int) or isinstance(total, bool) or total < 1:
             raise StudyError(
                 f"n_trials is {n_trials!r}; it is the study's total and must be a whole number, 1 or more."
             )
         self._needed_task("optimize")
         self._agree_to_work()
         n_trials = trials_in_reach(self.settings, n_trials)
+        until: object = stop_when
+        if not isinstance(until, StopWhen | None):
+            raise StudyError(f"stop_when is {until!r}; it must be a StopWhen: StopWhen(max_drop=0.01).")
         if stop_when is not None:
             stop_when.check(self.settings)
         self.optuna_study.set_user_attr(_WANTED, n_trials)

@@ -215,11 +215,12 @@ def _fine_tune_of(value: Mapping[str, Any] | None) -> FineTune | None:
 def _faults_of(settings: SearchSettings) -> list[str]:
     s = settings
     checks = (
-        ("step", s.step, 0 < s.step < 1, "in (0, 1), for example 0.05"),
+        ("step", s.step, _is_share(s.step), "in (0, 1), for example 0.05"),
         (
             "max_drop_after_ssvd",
             s.max_drop_after_ssvd,
-            s.max_drop_after_ssvd is None or s.max_drop_after_ssvd >= 0,
+            s.max_drop_after_ssvd is None
+            or (_is_number(s.max_drop_after_ssvd) and s.max_drop_after_ssvd >= 0),
             "0 or more (0.05 is five points), or none",
         ),
         (
@@ -228,7 +229,7 @@ def _faults_of(settings: SearchSettings) -> list[str]:
             isinstance(s.median_stopping, bool),
             "true or false",
         ),
-        ("seed", s.seed, s.seed >= 0, "0 or more"),
+        ("seed", s.seed, _is_number(s.seed, whole=True) and s.seed >= 0, "a whole number, 0 or more"),
     )
     faults = [f"{name} is {value!r}; it must be {what}." for name, value, good, what in checks if not good]
     aim = _target_faults(s.target)
@@ -378,6 +379,8 @@ def _target_faults(target: Any) -> list[str]:
 
 def _tolerance_faults(tolerance: float, target: Target | None) -> list[str]:
     """Say what is wrong with the tolerance; ``None`` stands for a target that is wrong itself."""
+    if not _is_number(tolerance):
+        return [f"tolerance is {tolerance!r}; it must be a number, for example 0.02."]
     if not tolerance > 0:
         return [
             f"tolerance is {tolerance!r}, which leaves no room: sizes are whole numbers, so a target is met "
@@ -394,7 +397,11 @@ def _tolerance_faults(tolerance: float, target: Target | None) -> list[str]:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+    return _is_number(value) and 0 < value < 1
+
+
+def _is_number(value: object, *, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 def _written(target: Any) -> str:
@@ -402,8 +409,8 @@ def _written(target: Any) -> str:
     return repr(list(target) if isinstance(target, tuple) else target)
 
 
-def _unknown(field: str, name: str, table: Collection[str]) -> list[str]:
-    if name in table:
+def _unknown(field: str, name: Any, table: Collection[str]) -> list[str]:
+    if isinstance(name, str) and name in table:
         return []
     near = difflib.get_close_matches(str(name), table, n=1)
     remedy = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(table)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -43,6 +43,9 @@ from compress_search.training.readiness import check_training
 from compress_search.workspace import INTERNAL_NAMES, Workspace
 
 __all__ = ["CompressionStudy", "TestScore", "create_study", "load_study"]
+
+_LONGEST_NAME = 200
+"""File systems take 255 bytes."""
 
 
 def create_study(
@@ -198,6 +201,11 @@ def _argument_faults(names: Mapping[str, object], tunings: Mapping[str, object])
         if isinstance(given, str)
     ]
     faults += [
+        f"{name} is {given!r}; it must be a list of names."
+        for name, given in names.items()
+        if not isinstance(given, Collection)
+    ]
+    faults += [
         f"{name} is {given!r}; it must be a FineTune: FineTune(epochs=3)."
         for name, given in tunings.items()
         if not isinstance(given, FineTune | None)
@@ -318,6 +326,11 @@ def check_name(name: str) -> None:
         raise StudyError(
             f"The study's name is {name!r}; it names a folder of the workspace: use letters, digits and "
             f". _ - (not {', '.join(map(repr, INTERNAL_NAMES))})."
+        )
+    if len(name) > _LONGEST_NAME:
+        raise StudyError(
+            f"The study's name {name[:20]!r}... has {len(name)} characters; it names a folder of the "
+            f"workspace: use at most {_LONGEST_NAME}."
         )
 
 

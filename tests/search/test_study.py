@@ -509,6 +509,11 @@ def test_a_name_that_is_no_folder_is_refused(create, name):
         create(name)
 
 
+def test_a_name_that_is_too_long_for_a_folder_is_refused(create):
+    with pytest.raises(StudyError, match="'xxxxxxxxxxxxxxxxxxxx'... has 201 characters; .* use at most 200"):
+        create("x" * 201)
+
+
 def test_bad_input_is_refused_before_anything_is_written(create, tiny_task, tmp_path):
     with pytest.raises(ConfigError):
         create(target=1.5)
@@ -528,7 +533,15 @@ def test_bad_input_is_refused_before_anything_is_written(create, tiny_task, tmp_
         "ignore is 'stem.*', a single text",
         "fine_tune is {'epochs': 3}",
     ]
-    for n_trials in ("3", 1.5):
+    with pytest.raises(ConfigError, match="2 faults") as caught:
+        create(methods=None, ignore=3)
+    assert caught.value.faults == (
+        "methods is None; it must be a list of names.",
+        "ignore is 3; it must be a list of names.",
+    )
+    with pytest.raises(StudyError, match=r"stop_when is \{'max_drop': 0.01\}; it must be a StopWhen"):
+        create().optimize(1, stop_when={"max_drop": 0.01})
+    for n_trials in ("3", 1.5, True):
         with pytest.raises(StudyError, match=f"n_trials is {n_trials!r}; .* must be a whole number"):
             create().optimize(n_trials)
     with pytest.raises(StudyError, match="n_trials is 0"):
