@@ -163,6 +163,8 @@ class StageRunner:
                 before = result
                 if after_stage is not None:
                     after_stage(stage, result)
+                # A training function of the user's own need not have looked; what it did is stored by now.
+                self._trainer.stop_if_requested()
         return tuple(results)
 
     def _reuse_or_compute(

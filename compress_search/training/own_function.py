@@ -47,6 +47,7 @@ class TrainingJob:
         progress: ``progress.bar("epochs", n)`` draws a bar and writes to the log; ``progress.say(text)``.
         stop_requested: Whether Ctrl-C was pressed or SIGTERM came. Ask after each step; if so, leave a
             checkpoint in ``folder`` and raise :class:`KeyboardInterrupt`. A second Ctrl-C raises it at once.
+            Where the function does not ask, the process stops when what it returned is stored.
         epoch_done: ``epoch_done(epoch, accuracy)`` tells, after each epoch, its number from 1 on and what
             ``task.score(model)`` says then. Who calls it has a learning curve, and trials that
             ``median_stopping`` can give up: it then raises an exception that the function must let pass.
