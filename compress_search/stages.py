@@ -46,7 +46,7 @@ from compress_search.training.trained import Trained
 from compress_search.training.trainer import CHECKPOINT_SECONDS, Trainer
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 8
+_STAGE_FORMAT = 9
 """Part of every key. Raise it when the same settings would give other weights than before."""
 
 _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")

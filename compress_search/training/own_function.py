@@ -159,7 +159,13 @@ def train_by(
         EvaluationError: See :meth:`compress_search.task.Task.score`.
     """
     assert task.training is not None
-    before = task.score(model.eval())
+
+    def score() -> float:
+        # The same examples, if the validation draws some of them, before and after.
+        with seeded(seed, task.validation):
+            return task.score(model.eval())
+
+    before = score()
     if settings.epochs == 0:
         return Trained(before)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -196,7 +202,7 @@ def train_by(
     # A layer that the function froze is for the next stage as it would be if it were read from the disk.
     for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
         parameter.requires_grad_(requires_grad)
-    after = task.score(model.eval())
+    after = score()
     if after < before - task.standard_error(before):
         model.load_state_dict(state)
         progress.say(
