@@ -45,6 +45,8 @@ def model_fingerprint(model: nn.Module) -> str:
 def data_fingerprint(loader: Iterable[Any]) -> str:
     """Hash a data loader by its length, its first batch, and examples of its data set.
 
+    Its length is that of its data set, and how many examples a pass draws, if those are fewer or more.
+
     Batch and examples are drawn under a fixed seed. What lies in memory as tensors (a list of batches, a data
     set of tensors) is hashed whole. Of another data set that can be indexed it is 16 evenly spaced examples;
     of any other loader the first batch alone.
@@ -56,7 +58,9 @@ def data_fingerprint(loader: Iterable[Any]) -> str:
         20 hexadecimal digits.
     """
     examples = _hash_in_memory(loader) or _repeatable(_examples_hash, loader)
-    return content_hash([_length_of(loader), _repeatable(_first_batch_hash, loader), examples])
+    parts = [_length_of(loader), _repeatable(_first_batch_hash, loader), examples]
+    # Only where it says something: most loaders draw each example once, and keep the hash that they had.
+    return content_hash(parts if (drawn := _drawn_of(loader)) is None else [*parts, drawn])
 
 
 def is_repeatable(loader: Iterable[Any]) -> bool:
@@ -125,6 +129,20 @@ def _length_of(loader: Any) -> int | None:
         return len(getattr(loader, "dataset", loader))
     except TypeError:
         return None
+
+
+def _drawn_of(loader: Any) -> int | None:
+    """How many examples a pass draws (batches, if their size is not known), if not as many as there are."""
+    if not isinstance(loader, DataLoader):
+        return None
+    try:
+        count = len(loader.dataset)  # type: ignore[arg-type]
+        drawn = len(loader) if loader.batch_size is None else len(loader.sampler)  # type: ignore[arg-type]
+    except TypeError:  # A stream.
+        return None
+    if loader.drop_last and loader.batch_size is not None:
+        drawn -= drawn % loader.batch_size
+    return None if drawn == count else drawn
 
 
 def _first_batch_hash(loader: Iterable[Any]) -> str:

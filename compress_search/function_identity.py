@@ -2,11 +2,13 @@
 
 A stage that one loss trained must not be reused for another, and a study that one ``evaluate`` judged must
 not go on with another. So a function is known by more than its name: by its code, by what it holds (defaults,
-what it closes over, the settings and tensors of a module, the arguments of a partial), and by the functions
-and the plain values of its own module that it uses. What it uses of other modules is known by name.
+what it closes over, the settings and tensors of a module or an object, the arguments of a partial), by the
+methods of its object that it uses, and by the functions and the plain values of its own module that it uses.
+What it uses of other modules is known by name.
 
 Lists and dictionaries that a function closes over, or that an object has as attributes, are no part of it:
-they are where functions note down what they have seen, and would differ after the first call.
+they are where functions note down what they have seen, and would differ after the first call. Nor are
+attributes whose names begin with an underscore.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -30,6 +32,8 @@ _KNOWN_BY_NAME = ("torch", "torchvision", "numpy", "compress_search")
 """Packages whose functions do what their names say, in any version that a study accepts."""
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_SETTINGS = (tuple, Tensor, np.ndarray, nn.Module, FunctionType, functools.partial)
+"""What an object holds to compute with, beside plain values."""
 
 
 def function_identity(function: Any) -> str:
@@ -81,7 +85,10 @@ def _described(thing: Any, seen: tuple[int, ...]) -> Any:
     if isinstance(thing, functools.partial):
         return ["partial", _described(thing.func, seen), _described([thing.args, thing.keywords], seen)]
     if isinstance(thing, MethodType):
-        return [_described(thing.__func__, seen), _described(thing.__self__, seen)]
+        owner = thing.__self__
+        kind = owner if inspect.isclass(owner) else type(owner)
+        used = _methods_used(kind, [thing.__func__], seen)
+        return [_described(thing.__func__, seen), _described(owner, seen), *used]
     if isinstance(thing, FunctionType):
         return _of_function(thing, seen)
     if isinstance(thing, nn.Module):
@@ -92,17 +99,34 @@ def _described(thing: Any, seen: tuple[int, ...]) -> Any:
 
 
 def _of_object(thing: Any, seen: tuple[int, ...]) -> Any:
-    call = vars(type(thing)).get("__call__")
+    kind = type(thing)
+    call = inspect.getattr_static(kind, "__call__", None)
     held = {
         name: _described(value, seen)
         for name, value in getattr(thing, "__dict__", {}).items()
-        if not name.startswith("_") and isinstance(value, (*_PLAIN, tuple))
+        if not name.startswith("_") and isinstance(value, (*_PLAIN, *_SETTINGS))
     }
-    return [
-        type(thing).__qualname__,
-        _described(call, seen) if isinstance(call, FunctionType) else None,
-        held,
-    ]
+    if not isinstance(call, FunctionType):
+        return [kind.__qualname__, None, held]
+    return [kind.__qualname__, _described(call, seen), held, *_methods_used(kind, [call], seen)]
+
+
+def _methods_used(kind: type, functions: Iterable[Any], seen: tuple[int, ...]) -> list[Any]:
+    """The methods of a class that some functions of it use, and those that these use; nothing if none."""
+    found: dict[str, Any] = {}
+    ahead = [function for function in functions if isinstance(function, FunctionType)]
+    own = {id(function) for function in ahead}
+    while ahead:
+        for name in _names_in(ahead.pop().__code__):
+            method = inspect.getattr_static(kind, name, None)
+            if isinstance(method, property):
+                method = method.fget
+            method = getattr(method, "__func__", method)  # Of static and class methods.
+            known = name in found or id(method) in own or not isinstance(method, FunctionType)
+            if not known and not _is_known_by_name(method):
+                found[name] = method
+                ahead.append(method)
+    return [{name: _described(found[name], seen) for name in sorted(found)}] if found else []
 
 
 def _hash_of(values: Tensor | np.ndarray[Any, Any]) -> str:
@@ -177,4 +201,9 @@ def _of_module(module: nn.Module, seen: tuple[int, ...]) -> Any:
         for part in module.modules()
         if isinstance(getattr(type(part), "forward", None), FunctionType)
     ]
-    return [repr(module), model_fingerprint(module), plain, forward]
+    used = [
+        methods
+        for kind in dict.fromkeys(type(part) for part in module.modules())
+        for methods in _methods_used(kind, [inspect.getattr_static(kind, "forward", None)], seen)
+    ]
+    return [repr(module), model_fingerprint(module), plain, forward, *used]

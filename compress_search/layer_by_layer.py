@@ -89,6 +89,7 @@ class LayerByLayer:
         Raises:
             ModelError: Weights or activations are not finite.
             TrainingError: See :func:`compress_search.training.fine_tuning.fine_tune`.
+            KeyboardInterrupt: The process was asked to stop; the layers that are done are stored.
         """
         started = time.monotonic()
         units, keys = self._units, self._keys
@@ -113,6 +114,7 @@ class LayerByLayer:
                 for old in keys[: max(0, number + 1 - _KEPT)]:
                     self.store.remove(old)
                 advance(f"{name} at size {size}, accuracy {accuracy:.4f}")
+                self.trainer.stop_if_requested()
         return tuned
 
     def forget(self) -> None:

@@ -46,7 +46,7 @@ from compress_search.training.trained import Trained
 from compress_search.training.trainer import CHECKPOINT_SECONDS, Trainer
 from compress_search.workspace import Workspace
 
-_STAGE_FORMAT = 8
+_STAGE_FORMAT = 9
 """Part of every key. Raise it when the same settings would give other weights than before."""
 
 _TABLE_DEPENDS_ON = ("validation", "calibration", "evaluate", "seed")
@@ -163,6 +163,8 @@ class StageRunner:
                 before = result
                 if after_stage is not None:
                     after_stage(stage, result)
+                # A training function of the user's own need not have looked; what it did is stored by now.
+                self._trainer.stop_if_requested()
         return tuple(results)
 
     def _reuse_or_compute(

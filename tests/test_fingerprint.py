@@ -141,6 +141,20 @@ class Numbered(Dataset):
         return torch.full((3,), float(index)), index % 4 + (index == self.changed)
 
 
+def test_how_many_examples_are_drawn_matters():
+    def fingerprint(**options):
+        return data_fingerprint(DataLoader(DATA, **{"batch_size": 8} | options))
+
+    prints = {
+        fingerprint(),
+        fingerprint(drop_last=True),
+        fingerprint(sampler=range(18)),
+        fingerprint(sampler=[*range(20), *range(20)]),
+    }
+    assert len(prints) == 4
+    assert fingerprint(drop_last=True, batch_size=5) == fingerprint(batch_size=5)
+
+
 def test_labels_of_examples_further_on_matter():
     late = [*DATA.tensors[1][:19], torch.tensor(0)]
     loaders = [

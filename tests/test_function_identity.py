@@ -145,6 +145,58 @@ def test_an_object_is_its_code_and_its_settings_but_not_what_it_noted_down(modul
     assert function_identity(noting) == before
 
 
+def test_an_object_is_the_tensors_modules_and_functions_that_it_holds(module):
+    judge = module().Judge
+    weight = torch.tensor([1.0, 2.0])
+    assert differ(judge(weight), judge(weight + 1), judge(np.ones(2)), judge(np.zeros(2)))
+    assert differ(*(judge(nn.CrossEntropyLoss(weight=w)) for w in (weight, weight + 1)))
+    assert differ(*(judge(functools.partial(max, k)) for k in (1, 2)), judge(module().share))
+    assert not differ(judge(weight), judge(weight.clone()))
+
+
+METHODS = """
+class Rule:
+    def __call__(self, model, loader):
+        return self.share(model)
+    def share(self, model):
+        return self.part
+    @property
+    def part(self):
+        return self.of(1)
+    @staticmethod
+    def of(whole):
+        return 0.5 * whole
+    def unused(self):
+        return 0
+
+class Inherits(Rule):
+    pass
+
+class Half(nn.Module):
+    def forward(self, outputs, targets):
+        return self.part(outputs)
+    def part(self, outputs):
+        return 0.5 * outputs.mean()
+"""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loaded: loaded.Rule(),
+        lambda loaded: loaded.Rule().share,
+        lambda loaded: loaded.Inherits(),
+        lambda loaded: loaded.Half(),
+    ],
+)
+def test_the_methods_that_an_object_uses_are_part_of_it(module, make):
+    def load(old, new):
+        return make(module("\nK = 1\n", METHODS.replace(old, new)))
+
+    assert differ(load("0.5", "0.5"), load("0.5", "0.25"))
+    assert not differ(load("0.5", "0.5"), load("return 0\n", "return 1\n"))
+
+
 def test_functions_that_call_each_other_or_themselves_end():
     def even(number):
         return number == 0 or odd(number - 1)

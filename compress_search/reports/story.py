@@ -68,7 +68,8 @@ def story_of(
         title = technique(method) if len(methods) == 1 else f"{_ORDINALS[position]} half: {technique(method)}"
         chapters.append(Chapter(title, _half_text(done, front.reference.accuracy, scale)))
         if position == 0 and len(methods) > 1:
-            chapters.append(Chapter("Gate", _gate_text(searched, halves, allowed_drop, scale)))
+            gate = _gate_text(searched, halves, front.reference.accuracy, allowed_drop, scale)
+            chapters.append(Chapter("Gate", gate))
     stopped = sum(c.state == "pruned" and len(c.learning_curve) > 0 for c in searched)
     if stopped:
         text = (
@@ -113,13 +114,19 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 def _gate_text(
     searched: Sequence[Candidate],
     halves: dict[int, tuple[_Half, ...]],
+    original: float,
     allowed_drop: float | None,
     scale: AccuracyScale,
 ) -> str:
-    at_gate = [c for c in searched if c.state == "pruned" and len(halves[c.number]) == 1]
     passed = sum(len(own) > 1 for own in halves.values())
     if allowed_drop is None:
         return f"None was set (max_drop_after_ssvd), so no trial gave up here: {_trials(passed)} went on."
+    # Others are pruned with one half too: one that has no second half, in its last fine-tuning; and one whose
+    # second ratio cannot be reached.
+    pruned = [c for c in searched if c.state == "pruned" and len(halves[c.number]) == 1]
+    at_gate = [
+        c for c in pruned if not c.learning_curve and original - halves[c.number][0].tuned > allowed_drop
+    ]
     given_up = f"{_trials(len(at_gate))} gave up here" if at_gate else "none gave up here"
     return (
         f"A trial may have lost {scale.drop(allowed_drop).removeprefix('+')} half-way (max_drop_after_ssvd). "

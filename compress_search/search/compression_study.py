@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
+from torch import nn
 
 from compress_search.exceptions import PlanError, StudyError, TaskError, WorkspaceError
 from compress_search.export import ExportFiles, export_candidate
-from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint
+from compress_search.fingerprint import content_hash, data_fingerprint, model_fingerprint, seeded
 from compress_search.function_identity import function_identity
 from compress_search.latency import COMPRESSED, ORIGINAL, RUNTIMES, LatencyTable, measure_latency
 from compress_search.leases import lease_files
@@ -310,10 +311,17 @@ class CompressionStudy:
         scores = tests.pop(self._test_key, {})
         original = task.build_model().to(self.device)
         if "original" not in scores:
-            scores["original"] = task.score(original, task.test)
-        scores[str(candidate.number)] = task.score(candidate.load_model(original), task.test)
+            scores["original"] = self._test_score(original, task)
+        scores[str(candidate.number)] = self._test_score(candidate.load_model(original), task)
         self.optuna_study.set_user_attr(_TESTS, {**tests, self._test_key: scores})
         return TestScore(scores["original"], scores[str(candidate.number)])
+
+    def _test_score(self, model: nn.Module, task: Task) -> float:
+        assert task.test is not None
+        # One seed for all, as in the search: where a loader shuffles and drops the rest, or draws a part of
+        # the data, the same examples judge the original and every candidate.
+        with seeded(self.settings.seed, task.test):
+            return task.score(model, task.test)
 
     def figures(self, chosen: Candidate | None = None) -> tuple[StudyFigure, ...]:
         """Return the figures of the study, as its report shows them; ``draw()`` of each draws it.

@@ -55,7 +55,8 @@ def fine_tune(
         task: Gives the training data, the loss and the evaluation.
         settings: How to train; with 0 epochs the model is only evaluated.
         seed: Fixes dropout and whatever else the model draws.
-        data_seed: Fixes the order of the data and its augmentation; by default ``seed``.
+        data_seed: Fixes the order of the data and its augmentation, and what evaluations draw; by default
+            ``seed``.
         teacher_outputs: Where what the teacher says of these data is read, and kept for others; ``None`` to
             ask the teacher each time.
         progress: Where to show the epochs.

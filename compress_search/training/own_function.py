@@ -47,6 +47,7 @@ class TrainingJob:
         progress: ``progress.bar("epochs", n)`` draws a bar and writes to the log; ``progress.say(text)``.
         stop_requested: Whether Ctrl-C was pressed or SIGTERM came. Ask after each step; if so, leave a
             checkpoint in ``folder`` and raise :class:`KeyboardInterrupt`. A second Ctrl-C raises it at once.
+            Where the function does not ask, the process stops when what it returned is stored.
         epoch_done: ``epoch_done(epoch, accuracy)`` tells, after each epoch, its number from 1 on and what
             ``task.score(model)`` says then. Who calls it has a learning curve, and trials that
             ``median_stopping`` can give up: it then raises an exception that the function must let pass.
@@ -158,7 +159,13 @@ def train_by(
         EvaluationError: See :meth:`compress_search.task.Task.score`.
     """
     assert task.training is not None
-    before = task.score(model.eval())
+
+    def score() -> float:
+        # The same examples, if the validation draws some of them, before and after.
+        with seeded(seed, task.validation):
+            return task.score(model.eval())
+
+    before = score()
     if settings.epochs == 0:
         return Trained(before)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -195,7 +202,7 @@ def train_by(
     # A layer that the function froze is for the next stage as it would be if it were read from the disk.
     for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
         parameter.requires_grad_(requires_grad)
-    after = task.score(model.eval())
+    after = score()
     if after < before - task.standard_error(before):
         model.load_state_dict(state)
         progress.say(

@@ -100,3 +100,12 @@ class Trainer:
     def forget(self, key: str) -> None:
         """Remove the checkpoints of a training whose outcome is stored."""
         remove_folder(self.workspace.checkpoints / key)
+
+    def stop_if_requested(self) -> None:
+        """End the process's work if it was asked to stop; for when the outcome of a training is stored.
+
+        Raises:
+            KeyboardInterrupt: ``stop`` was requested.
+        """
+        if self.stop.requested:
+            raise KeyboardInterrupt

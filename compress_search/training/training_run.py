@@ -51,7 +51,7 @@ class TrainingRun:
         task: Gives the training data and the loss.
         settings: How to train.
         seed: Fixes the random numbers of the model.
-        data_seed: Fixes those of the data.
+        data_seed: Fixes those of the data, also of what evaluations draw.
         teacher_outputs: Where the teacher's outputs lie; ``None`` to keep none.
         checkpoints: Where to leave checkpoints; ``None`` for nowhere.
         stop: Says when to stop.
@@ -167,7 +167,9 @@ class TrainingRun:
         return Trained(self._best_score, tuple(self.learning_curve), self.teacher_seconds_saved)
 
     def _evaluate(self, model: nn.Module, epoch: int) -> float:
-        with seeded(_seed_of(self._seed, epoch), self._task.validation):
+        # One seed for all epochs, and for all trials, as the data's is: where a loader shuffles and drops the
+        # rest, or draws a part of the data, the same examples judge all that are compared.
+        with seeded(self._data_seed, self._task.validation):
             try:
                 score = self._task.score(model.eval())
             except EvaluationError as error:

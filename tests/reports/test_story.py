@@ -80,6 +80,19 @@ def test_what_was_given_up_in_the_last_fine_tuning_has_passed_the_gate(
     assert list(story)[-1] == "Pick"
 
 
+def test_only_what_the_gate_ended_gave_up_there(make_candidate: Make, make_front: MakeFront) -> None:
+    """A trial without a second half never comes to it, and an unreachable second ratio is found after it."""
+    pruning = StageResult("k", "channel_pruning", 0.8, 1000, 100, 0.5, 1.0)
+    front = make_front(
+        make_candidate(0, 0.5, 0.96, stages=_both(0.8, 0.625, (0.90, 0.97, 0.85, 0.96))),
+        make_candidate(1, 0.5, 0.9, state="pruned", stages=(pruning,), learning_curve=(0.8, 0.85)),
+        make_candidate(2, 0.5, 0.9, state="pruned", stages=_both(0.8, 0.625, (0.90, 0.97))),
+    )
+    story = {c.title: c.text for c in story_of(front, chosen=None, allowed_drop=0.05)}
+    assert story["Gate"].endswith("1 trial went on, none gave up here.")
+    assert story["Given up in the last fine-tuning"].startswith("1 trial ended")
+
+
 def test_one_method_has_no_halves(make_candidate: Make, make_front: MakeFront) -> None:
     one = make_front(make_candidate(0, 0.5, 0.97, stages=_both(0.5, 1.0, (0.9, 0.97))))
     assert [c.title for c in story_of(one, chosen=one.best[0], allowed_drop=0.1)] == ["spatial SVD", "Pick"]

@@ -17,6 +17,7 @@ import torch
 from optuna.study import StudyDirection
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from compress_search.exceptions import (
     ConfigError,
@@ -238,6 +239,26 @@ def test_the_test_data_are_used_once_each(finished, monkeypatch):
     assert score.candidate == task.score(best.load_model(), task.test)
     monkeypatch.setattr(type(task), "score", lambda *_: pytest.fail("evaluated"))
     assert study.test(best) == load_study("toy", workspace=folder).test(best) == score
+
+
+def test_the_same_test_images_judge_the_original_and_every_candidate(create, tiny_task):
+    """Also where the loader shuffles and drops the rest."""
+    (images, labels), *_ = tiny_task().validation
+    seen = []
+
+    def judge(model, loader):
+        seen.append([inputs.clone() for inputs, _ in loader])
+        return accuracy(model, loader)
+
+    shuffled = DataLoader(TensorDataset(images, labels), batch_size=12, shuffle=True, drop_last=True)
+    study = optimize(create(task=tiny_task(test=shuffled, evaluate=judge)), 2)
+    first, second = (c for c in study.candidates() if c.state == "complete")
+    seen.clear()
+    for candidate in (first, second):
+        study.test(candidate)
+    assert len(seen) == 3
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+    torch.testing.assert_close(seen[0], seen[2], rtol=0, atol=0)
 
 
 def test_other_test_data_or_another_way_to_judge_are_measured_anew(create, tiny_task, tmp_path):

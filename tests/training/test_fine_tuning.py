@@ -9,15 +9,18 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from compress_search.exceptions import EvaluationError, TrainingError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune
+from compress_search.stopping import StopSwitch
 from compress_search.task import Task
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.training.schedules import learning_rate_factor
+from compress_search.training.trainer import Trainer
+from compress_search.workspace import Workspace
 
 PLAIN = FineTune(epochs=1, lr=0.1, momentum=0, weight_decay=0, distillation=0, gradient_clip=None)
 
@@ -381,3 +384,25 @@ def test_another_fault_of_the_loss_is_told_with_its_place(tiny_task):
     task = tiny_task(loss=loss)
     with pytest.raises(TrainingError, match="raised ZeroDivisionError at batch 2 of epoch 1: no weight"):
         run(task.build_model(), None, task, PLAIN)
+
+
+@pytest.mark.parametrize("training", [None, lambda model, job: None])
+def test_the_same_validation_images_judge_all_epochs(tiny_task, tiny_net, training, tmp_path):
+    """Also where the loader shuffles and drops the rest; or luck would choose the best epoch."""
+    (images, labels), *_ = tiny_task().validation
+    seen = []
+
+    def judge(model, loader):
+        seen.append([inputs.clone() for inputs, _ in loader])
+        return 0.5
+
+    shuffled = DataLoader(TensorDataset(images, labels), batch_size=12, shuffle=True, drop_last=True)
+    task = tiny_task(validation=shuffled, evaluate=judge, training=training)
+    trainer = Trainer(task, Workspace(tmp_path), Progress(), 60.0, StopSwitch())
+    for _ in range(2):
+        trainer.train(tiny_net(), tiny_net(seed=1), FineTune(epochs=2), "01234567", "89abcdef")
+        torch.rand(1)
+        trainer.forget("01234567")
+    assert len(seen) == (6 if training is None else 4)
+    for again in seen[1:]:
+        torch.testing.assert_close(again, seen[0], rtol=0, atol=0)

@@ -9,7 +9,7 @@ from torch import nn
 from compress_search.exceptions import TrainingError
 from compress_search.fingerprint import model_fingerprint
 from compress_search.progress import Progress
-from compress_search.recipe import FineTune
+from compress_search.recipe import Compress, FineTune, Recipe
 from compress_search.stages import StageRunner
 from compress_search.stopping import StopSwitch
 from compress_search.task import Task
@@ -243,3 +243,40 @@ def test_stages_are_told_apart_by_its_name(tiny_task, tmp_path):
 
     assert identity() == identity(training=None)
     assert identity(training=by_hand)["training"] == "by_hand"
+
+
+@pytest.mark.parametrize(("tuning", "trainings"), [(None, 1), (FineTune(epochs=1), 2)])
+def test_a_function_that_does_not_look_is_stopped_when_its_work_is_stored(
+    tiny_task, tmp_path, tuning, trainings
+):
+    """Otherwise the first Ctrl-C would be forgotten, and the search would go on."""
+    trained, stop = [], StopSwitch()
+
+    def heedless(model, job):
+        trained.append(1)
+        stop.requested = True
+
+    def run():
+        runner = StageRunner(
+            tiny_task(training=heedless),
+            Workspace(tmp_path).prepare(),
+            seed=0,
+            device=torch.device("cpu"),
+            progress=Progress(),
+            stop=stop,
+        )
+        method = Compress(
+            method="spatial_svd",
+            mac_ratio=0.7,
+            selection="uniform",
+            samples=16,
+            per_layer_fine_tune=tuning,
+        )
+        return runner.run(Recipe((method, FineTune(epochs=1))))
+
+    for done in range(1, trainings + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert len(trained) == done
+        stop.requested = False
+    assert all(result.reused for result in run()) and len(trained) == trainings
