@@ -42,7 +42,9 @@ def multi_step(step: int, steps: int, settings: FineTune) -> float:
     rising = _rising(steps, settings)
     if step < rising:
         return (step + 1) / (rising + 1)
-    return float(settings.gamma ** sum(step >= share * steps for share in settings.milestones))
+    # 0.28 of 25 steps are 7.000000000000001 as floats.
+    passed = sum(step >= share * steps - 1e-9 for share in settings.milestones)
+    return float(settings.gamma**passed)
 
 
 SCHEDULES: Mapping[str, Schedule] = {"cosine": cosine, "one_cycle": one_cycle, "multi_step": multi_step}

@@ -64,6 +64,12 @@ def test_one_cycle_is_that_of_pytorch(steps, warmup):
     assert factors(steps, schedule="one_cycle", warmup=warmup)[: steps - 1] == pytest.approx(wanted)
 
 
+def test_milestones_are_not_a_step_late_for_rounding():
+    found = factors(25, schedule="multi_step", warmup=0.0, milestones=(0.28,), gamma=0.1)
+    assert 0.28 * 25 > 7
+    assert found == [1.0] * 7 + [0.1] * 18
+
+
 def test_multi_step_is_that_of_pytorch():
     wanted = rates_of(lambda o: MultiStepLR(o, milestones=[20, 30], gamma=0.2), 40)
     found = factors(40, schedule="multi_step", warmup=0.0, milestones=(0.75, 0.5), gamma=0.2)
