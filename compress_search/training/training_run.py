@@ -356,7 +356,9 @@ class TrainingRun:
         entries = {f"{number}/{name}": value for number in states for name, value in states[number].items()}
         tensors |= copies({n: v for n, v in entries.items() if isinstance(v, Tensor)}, prefix="optimiser")
         random_tensors = {"cpu": random.cpu, "numpy": torch.from_numpy(random.numpy[1].astype(np.int64))}
-        random_tensors |= {f"gpu{number}": state for number, state in enumerate(random.gpus)}
+        if self._device.index in random.gpus:
+            # Of the others nothing is drawn, and the process that goes on may see fewer or other ones.
+            random_tensors["gpu"] = random.gpus[self._device.index]
         tensors |= copies({"total": self._total, **random_tensors}, prefix="now")
         return Snapshot(
             tensors,
@@ -395,7 +397,7 @@ class TrainingRun:
         version, words, python_gauss = values["python"]
         self._random = RandomState(
             now["cpu"],
-            [state for name, state in sorted(now.items()) if name.startswith("gpu")],
+            {self._device.index: now["gpu"]} if "gpu" in now and self._device.index is not None else {},
             (kind, now["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss),
             (version, tuple(words), python_gauss),
         )
