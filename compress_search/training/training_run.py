@@ -37,6 +37,15 @@ _Asking = Callable[[Sequence[Tensor]], list[Any]]
 _LOWERED = 0.1
 """What the learning rate is multiplied by after a loss that is not finite."""
 
+_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In errors of a plainer type: of the CPU's allocator, and of what takes memory of a GPU past PyTorch's."""
+
 
 class NotFiniteError(Exception):
     """A loss or a weight became infinite or NaN."""
@@ -476,8 +485,7 @@ def _is_finite(model: nn.Module) -> bool:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The CPU's allocator raises a plain RuntimeError.
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in _OF_MEMORY)
 
 
 def _first_line(error: BaseException) -> str:
