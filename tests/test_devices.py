@@ -11,9 +11,11 @@ from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
 from compress_search.search.study import create_study, load_study
 from compress_search.stages import StageRunner
+from compress_search.training import teacher_outputs
 from compress_search.training.checkpoints import CheckpointFolder
 from compress_search.training.fine_tuning import fine_tune
 from compress_search.training.precision import dtype_of
+from compress_search.training.teacher_outputs import EpochOutputs
 from compress_search.workspace import Workspace
 
 
@@ -113,3 +115,24 @@ def test_automatic_precision_is_what_the_gpu_itself_computes_in(capability, chos
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: answers[device])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert dtype_of("auto", asked) == chosen
+
+
+def test_what_a_teacher_says_does_not_pile_up_on_the_gpu(tmp_path, gpus, monkeypatch):
+    batches = [torch.randn(4, 3) for _ in range(5)]
+    monkeypatch.setattr(teacher_outputs, "_ON_GPU_BYTES", 2 * batches[0].nbytes)
+
+    def epoch(teacher):
+        return EpochOutputs(teacher, tmp_path / "epoch", batches=len(batches), largest=2**20)
+
+    asking = epoch(lambda batch: 2 * batch)
+    for number, batch in enumerate(batches):
+        asking.of(number, batch, [batch.to("cuda:1")])
+        # Not each is fetched, which the GPU would have to wait for.
+        waiting = [output for _, output in asking._asked if output.device.type == "cuda"]
+        assert len(waiting) == (number + 1) % 3
+    asking.keep()
+    reading = epoch(None)
+    for number, batch in enumerate(batches):
+        (said,) = reading.of(number, batch, [batch.to("cuda:1")])
+        assert said.device == torch.device("cuda:1")
+        assert torch.equal(said.cpu(), 2 * batch)
