@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from compress_search import Compress, compress
+from compress_search.memory_layout import can_train_channels_last
+from compress_search.methods.coupling import find_coupling
 from compress_search.progress import Progress
 from compress_search.recipe import FineTune, Recipe
 from compress_search.search.study import create_study, load_study
@@ -136,3 +138,29 @@ def test_what_a_teacher_says_does_not_pile_up_on_the_gpu(tmp_path, gpus, monkeyp
         (said,) = reading.of(number, batch, [batch.to("cuda:1")])
         assert said.device == torch.device("cuda:1")
         assert torch.equal(said.cpu(), 2 * batch)
+
+
+def precision_of_products():
+    """In which format GPUs convolve and multiply matrices."""
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("matrices", ["highest", "high"])
+def test_models_are_compared_with_all_bits(tiny_net, matrices):
+    """A GPU would round the factors of some shapes, but not of others."""
+    model = tiny_net().eval()
+    model[1].register_forward_hook(lambda *_: seen.append(precision_of_products()))
+    torch.set_float32_matmul_precision(matrices)
+    try:
+        before = precision_of_products()
+        for compare in (
+            lambda: find_coupling(model, torch.randn(1, 1, 6, 6)),
+            lambda: can_train_channels_last(model, torch.randn(1, 1, 6, 6)),
+        ):
+            seen = []
+            compare()
+            assert ("ieee", "ieee") in seen
+            assert precision_of_products() == before
+        assert torch.get_float32_matmul_precision() == matrices
+    finally:
+        torch.set_float32_matmul_precision("highest")
