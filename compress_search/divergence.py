@@ -84,7 +84,8 @@ def without_tf32() -> Iterator[None]:
     By default their convolutions round factors to 10 bits (TF32), but not those of every shape. Where only
     the number of channels or the layout is another, outputs could then differ by more than is allowed.
     """
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # Replaced by an object when it is imported.
+    convolutions, products = cudnn.conv, torch.backends.cuda.matmul
     before = convolutions.fp32_precision, products.fp32_precision
     convolutions.fp32_precision = products.fp32_precision = "ieee"
     try:
