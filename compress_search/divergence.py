@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -73,6 +75,23 @@ def leaves_of(outputs: Any) -> list[Any]:
 def are_logits(outputs: Tensor) -> bool:
     """Whether outputs are taken for the logits of a classifier: ``(batch, classes)``, two classes or more."""
     return outputs.ndim == 2 and outputs.shape[1] > 1
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let GPUs multiply with all bits of float32 in the block, so that outputs can be compared.
+
+    By default their convolutions round factors to 10 bits (TF32), but not those of every shape. Where only
+    the number of channels or the layout is another, outputs could then differ by more than is allowed.
+    """
+    cudnn: Any = torch.backends.cudnn  # Replaced by an object when it is imported.
+    convolutions, products = cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
 
 
 def are_same_but_for_rounding(outputs: Any, wanted: Any) -> bool:

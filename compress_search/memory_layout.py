@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compress_search.divergence import are_same_but_for_rounding
+from compress_search.divergence import are_same_but_for_rounding, without_tf32
 from compress_search.profile import inference_mode_of
 
 _CHANNELS_AT_A_TIME = 8
@@ -74,7 +74,7 @@ def has_safe_gradient(layer: nn.Module) -> bool:
 
 def _is_indifferent(model: nn.Module, example: Tensor) -> bool:
     """Whether the model gives the same whichever layout its input has."""
-    with inference_mode_of(model):
+    with inference_mode_of(model), without_tf32():
         wanted = model(example)
         try:
             given = model(_channels_last(example))

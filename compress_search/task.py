@@ -164,6 +164,18 @@ class Task:
                 "torch.nn.utils.remove_weight_norm(layer)."
             ) from error
 
+    def build_with_example(self) -> tuple[nn.Module, Tensor]:
+        """Return what :meth:`build_model` does, and the example input on the device where that lies.
+
+        A network that was trained on a GPU is often given as it lies there, and its data on the CPU.
+
+        Raises:
+            TaskError: See :meth:`build_model`.
+        """
+        model = self.build_model()
+        parameter = next(model.parameters(), self.example_input)
+        return model, self.example_input.to(parameter.device)
+
     def score(self, model: nn.Module, loader: Iterable[Any] | None = None) -> float:
         """Evaluate a model, and make sure that the answer is a finite number.
 

@@ -94,7 +94,7 @@ def train_with_lightning(model: nn.Module, job: TrainingJob) -> None:
         max_epochs=job.settings.epochs,
         default_root_dir=job.folder,
         accelerator="gpu" if job.device.type == "cuda" else "cpu",
-        devices=1,
+        devices=[job.device.index or 0] if job.device.type == "cuda" else 1,
         callbacks=[TellEpochs(job), ModelCheckpoint(job.folder, save_last=True), StopOnRequest(job)],
         logger=False,
         enable_progress_bar=False,
@@ -102,6 +102,8 @@ def train_with_lightning(model: nn.Module, job: TrainingJob) -> None:
     )
     last = job.folder / "last.ckpt"
     trainer.fit(Student(model, job), job.task.train, ckpt_path=last if last.exists() else None)
+    # Lightning leaves a model on the CPU, wherever it was trained.
+    model.to(job.device)
     if job.stop_requested():
         # Raised within fit, it would make Lightning end the process.
         raise KeyboardInterrupt

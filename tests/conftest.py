@@ -19,11 +19,16 @@ from compress_search.task import Task
 
 torch.set_num_threads(1)
 
-_spec = importlib.util.spec_from_file_location(
-    "synthetic_study", Path(__file__).with_name("synthetic_study.py")
-)
-synthetic = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(synthetic)
+
+def _beside(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+synthetic = _beside("synthetic_study")
+pretending = _beside("pretend_device")
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +66,19 @@ def tiny_task(tiny_net):
         return Task(**{"model": tiny_net()} | fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pretended_gpus():
+    """Let so many GPUs be there in a block, see ``pretend_device.py``."""
+    return pretending.pretended_gpus
+
+
+@pytest.fixture
+def gpus(pretended_gpus):
+    """Two such GPUs in the whole test."""
+    with pretended_gpus(2) as pretended:
+        yield pretended
 
 
 class CrashError(Exception):

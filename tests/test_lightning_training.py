@@ -33,12 +33,12 @@ def train(tiny_task, tiny_net, tmp_path, monkeypatch):
     # Lightning takes a list of batches for a list of loaders.
     loader = DataLoader(tiny_task().train.dataset, batch_size=16)
 
-    def run(workspace, *, training=train_with_lightning, stop=None):
+    def run(workspace, *, training=train_with_lightning, stop=None, device="cpu"):
         task = tiny_task(train=loader, training=training)
         trainer = Trainer(task, Workspace(tmp_path / workspace), Progress(), 60.0, stop or StopSwitch())
-        model = tiny_net()
+        model, original = tiny_net().to(device), tiny_net(seed=1).to(device)
         settings = FineTune(epochs=4, lr=5e-3)
-        trained = trainer.train(model, tiny_net(seed=1), settings, "0123456789abcdef", "fedcba")
+        trained = trainer.train(model, original, settings, "0123456789abcdef", "fedcba")
         return model, trained, task
 
     yield run
@@ -61,3 +61,21 @@ def test_stopped_at_the_end_of_an_epoch_it_goes_on_there(train, stop_at):
     assert resumed.learning_curve == pytest.approx(undisturbed.learning_curve)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
+def test_on_a_gpu_it_trains_there_and_leaves_the_model_there(train, tmp_path, monkeypatch, gpus):
+    """Lightning does not know of pretended GPUs; it moves every model to the CPU when it has trained it."""
+    import lightning
+
+    class OnTheCpuInTheEnd:
+        def __init__(self, *, accelerator, devices, **_):
+            asked.append((accelerator, devices))
+
+        def fit(self, student, *_, **__):
+            student.cpu()
+
+    asked = []
+    monkeypatch.setattr(lightning, "Trainer", OnTheCpuInTheEnd)
+    model, *_ = train("gpu", device="cuda:1")
+    assert asked == [("gpu", [1])]
+    assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:1"}

@@ -16,7 +16,7 @@ import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 
-from compress_search.divergence import leaves_of
+from compress_search.divergence import leaves_of, without_tf32
 from compress_search.fingerprint import seeded
 from compress_search.methods.channel_tracing import (
     Channel,
@@ -278,9 +278,10 @@ def _tried(
     model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], *, in_training: bool
 ) -> list[tuple[CoupledGroup, str]]:
     """Try all groups at once, and one by one only if that fails."""
-    if not groups or not _fault_at_an_end(model, example, groups, in_training):
-        return [(group, "") for group in groups]
-    return [(group, _fault_at_an_end(model, example, [group], in_training)) for group in groups]
+    with without_tf32():
+        if not groups or not _fault_at_an_end(model, example, groups, in_training):
+            return [(group, "") for group in groups]
+        return [(group, _fault_at_an_end(model, example, [group], in_training)) for group in groups]
 
 
 def _fault_at_an_end(

@@ -605,7 +605,7 @@ class CompressionStudy:
             return known
 
     def _layers_of(self, candidate: Candidate, task: Task) -> tuple[LayerRow, ...]:
-        original, example = task.build_model(), task.example_input
+        original, example = task.build_with_example()
         compressed = candidate.load_model(original)
         return layer_table(
             candidate.plan, profile_model(original, example), profile_model(compressed, example)

@@ -80,8 +80,8 @@ class LayerTables:
         assert self._load_task is not None
         try:
             task = self._load_task()
-            model = task.build_model()
-            return model, task.example_input, profile_model(model, task.example_input)
+            model, example = task.build_with_example()
+            return model, example, profile_model(model, example)
         except Exception as error:
             logger.warning("Tables of layers have no MACs, because the task cannot be made: %s", error)
             return None

@@ -274,7 +274,7 @@ def _asked(
     task: Task, runner: StageRunner, workspace: Workspace, settings: SearchSettings | None = None
 ) -> Asked:
     def size() -> dict[str, int]:
-        profile = profile_model(task.build_model(), task.example_input)
+        profile = profile_model(*task.build_with_example())
         return {"macs": profile.macs, "params": profile.params}
 
     # The seed is one of the settings.

@@ -29,7 +29,9 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
         return dtype
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Older GPUs only emulate bfloat16, slower than float32. `is_bf16_supported` counts that as well, and asks
+    # the current GPU rather than this one. (The numbers of AMD's begin above 8.)
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 def casting(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

@@ -27,13 +27,13 @@ class RandomState:
 
     Attributes:
         cpu: Of torch on the CPU, bytes.
-        gpus: Of torch on each GPU, bytes; none if no GPU was used yet.
+        gpus: Of torch on GPUs, bytes, by number; none if no GPU was used yet.
         numpy: Of numpy's global generator.
         python: Of :mod:`random`.
     """
 
     cpu: Tensor
-    gpus: list[Tensor]
+    gpus: dict[int, Tensor]
     numpy: tuple[Any, ...]
     python: tuple[Any, ...]
 
@@ -42,13 +42,15 @@ class RandomState:
         """Read the present state."""
         # To ask would start every GPU of the machine, even for work on the CPU.
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        return cls(torch.get_rng_state(), gpus, tuple(np.random.get_state()), random.getstate())
+        return cls(
+            torch.get_rng_state(), dict(enumerate(gpus)), tuple(np.random.get_state()), random.getstate()
+        )
 
     def restore(self) -> None:
         """Make it the present state."""
         torch.set_rng_state(self.cpu)
-        if self.gpus:
-            torch.cuda.set_rng_state_all(self.gpus)
+        for number, state in self.gpus.items():
+            torch.cuda.set_rng_state(state, number)
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 

@@ -30,6 +30,10 @@ logger = logging.getLogger("compress_search")
 LARGEST = 4 * 2**30
 """Bytes of all epochs of one fine-tuning; what would be larger is not kept. Dense outputs are, soon."""
 
+_ON_GPU_BYTES = 2**26
+"""What may wait on a GPU to be kept. To fetch each batch's outputs would make the GPU wait for each; those of
+a whole epoch could take the memory that the training needs."""
+
 _HASH_BYTES = 16
 
 Teacher = Callable[[Tensor], Any]
@@ -77,6 +81,7 @@ class EpochOutputs:
         self._known, self._seconds = ([], 0.0) if file is None else _read(file)
         self.seconds_saved = 0.0
         self._asked: list[tuple[bytes, Tensor]] = []
+        self._on_gpu = 0
         self._keeps = file is not None and not self._known
         self._given: tuple[int, bytes] | None = None
         # One stands for all, as a GPU has to be waited for; not the first, which warms up.
@@ -122,10 +127,10 @@ class EpochOutputs:
         if not self._keeps or self._file is None or len(self._asked) != self._batches:
             return
         digests = b"".join(digest for digest, _ in self._asked)
-        outputs = [output for _, output in self._asked]
+        outputs = [output.cpu() for _, output in self._asked]
         tensors = {
             "digests": torch.frombuffer(bytearray(digests), dtype=torch.uint8),
-            "outputs": torch.cat(outputs).cpu().contiguous(),
+            "outputs": torch.cat(outputs).contiguous(),
             "sizes": torch.tensor(list(map(len, outputs))),
         }
         try:
@@ -154,6 +159,10 @@ class EpochOutputs:
         fits = output.nbytes * self._batches <= self._largest
         if number == len(self._asked) and output.shape[1:] == like.shape[1:] and fits:
             self._asked.append((digest, output))
+            self._on_gpu += output.nbytes if output.device.type != "cpu" else 0
+            if self._on_gpu > _ON_GPU_BYTES:
+                self._asked = [(digest, output.cpu()) for digest, output in self._asked]
+                self._on_gpu = 0
         else:
             # An epoch that was begun by another process, images of several sizes, or outputs too large.
             self._give_up()

@@ -37,6 +37,15 @@ _Asking = Callable[[Sequence[Tensor]], list[Any]]
 _LOWERED = 0.1
 """What the learning rate is multiplied by after a loss that is not finite."""
 
+_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In errors of a plainer type: of the CPU's allocator, and of what takes memory of a GPU past PyTorch's."""
+
 
 class NotFiniteError(Exception):
     """A loss or a weight became infinite or NaN."""
@@ -358,7 +367,9 @@ class TrainingRun:
         entries = {f"{number}/{name}": value for number in states for name, value in states[number].items()}
         tensors |= copies({n: v for n, v in entries.items() if isinstance(v, Tensor)}, prefix="optimiser")
         random_tensors = {"cpu": random.cpu, "numpy": torch.from_numpy(random.numpy[1].astype(np.int64))}
-        random_tensors |= {f"gpu{number}": state for number, state in enumerate(random.gpus)}
+        if self._device.index in random.gpus:
+            # Of the others nothing is drawn, and the process that goes on may see fewer or other ones.
+            random_tensors["gpu"] = random.gpus[self._device.index]
         tensors |= copies({"total": self._total, **random_tensors}, prefix="now")
         return Snapshot(
             tensors,
@@ -397,7 +408,7 @@ class TrainingRun:
         version, words, python_gauss = values["python"]
         self._random = RandomState(
             now["cpu"],
-            [state for name, state in sorted(now.items()) if name.startswith("gpu")],
+            {self._device.index: now["gpu"]} if "gpu" in now and self._device.index is not None else {},
             (kind, now["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss),
             (version, tuple(words), python_gauss),
         )
@@ -476,8 +487,7 @@ def _is_finite(model: nn.Module) -> bool:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The CPU's allocator raises a plain RuntimeError.
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in _OF_MEMORY)
 
 
 def _first_line(error: BaseException) -> str:
