@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from compress_search.exceptions import ConfigError, ModelError
-from compress_search.programs import brief, write_onnx, write_program
+from compress_search.programs import brief, read_program, write_onnx, write_program
 
 ORIGINAL, COMPRESSED = "original", "compressed"
 EAGER, COMPILED, ONNX_RUNTIME = "eager", "torch.compile", "onnxruntime"
@@ -253,7 +252,7 @@ def load_program(path: Path) -> tuple[nn.Module, Tensor]:
     if not file.is_file():
         raise ModelError(f"There is no file {str(file)!r}. {remedy}")
     try:
-        program: ExportedProgram = torch.export.load(file)
+        program = read_program(file)
         (example,), _ = program.example_inputs
     except Exception as error:
         # Whatever the reader meets in a file that is something else.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +52,26 @@ def write_program(path: Path, model: nn.Module, example: Tensor) -> Program:
         logger.info("The program takes batches of %d only: %s", len(example), brief(error))
         program = Program(torch.export.export(model, (example,)), (example,))
     torch.export.save(program.exported, path)
-    loaded = torch.export.load(path).module()
+    loaded = read_program(path).module()
     for inputs in program.examples:
         _compare(outputs_of(loaded, inputs), outputs_of(model, inputs))
     return program
+
+
+def read_program(path: Path) -> ExportedProgram:
+    """Read a ``torch.export`` program.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The program.
+
+    Raises:
+        Exception: The file is none; ``torch.export.load`` raises many types.
+    """
+    with _quiet_pytorch():
+        return torch.export.load(path)
 
 
 def write_onnx(path: Path, program: Program, model: nn.Module) -> Path:
@@ -70,7 +89,8 @@ def write_onnx(path: Path, program: Program, model: nn.Module) -> Path:
         AssertionError: The ONNX model gives other outputs than the model.
         Exception: A package is missing, or an operation has no counterpart; many types.
     """
-    onnx_program = torch.onnx.export(program.exported, dynamo=True, verbose=False)
+    with _quiet_pytorch():
+        onnx_program = torch.onnx.export(program.exported, dynamo=True, verbose=False)
     assert onnx_program is not None
     onnx_program.save(path, external_data=False)
     if importlib.util.find_spec("onnxruntime") is None:
@@ -90,6 +110,19 @@ def outputs_of(model: nn.Module, inputs: Tensor) -> list[Tensor]:
     """The tensors that a model returns, in whatever they are wrapped."""
     with seeded(0), torch.no_grad():
         return [leaf for leaf in tree_leaves(model(inputs)) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _quiet_pytorch() -> Iterator[None]:
+    """Keep PyTorch from telling users of its own code.
+
+    PyTorch 2.11 reads the weights of a program from a buffer that it must not write to, and copies trees by a
+    class that it has deprecated; it warns of both as if the caller could help it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
 
 
 def _compare(outputs: list[Tensor], expected: list[Tensor]) -> None:
