@@ -85,8 +85,8 @@ class FactoriseLayer:
     def apply(self, model: nn.Module) -> None:
         """Make the change in ``model``, in place.
 
-        The new weights are PyTorch's initial ones, and are trained or frozen as the layer's own were. Hooks of
-        the layer are called with the sequence.
+        The new weights are PyTorch's initial ones, and are trained or frozen as the layer's own were. Hooks
+        of the layer are called with the sequence.
         """
         old = _submodule(model, self.layer)
         weight = getattr(old, "weight", None)
