@@ -302,14 +302,16 @@ class ParetoFront:
                 "No trial has ended, so there is no candidate yet. If trials failed and wait to be run "
                 "again, put right what they failed of; then run the study."
             )
-        if ended and all(candidate.state == "failed" for candidate in ended):
+        if ended and all(candidate.state != "complete" for candidate in ended):
             reasons = [candidate.reason or "a reason that is not known" for candidate in ended]
             ((kind, count),) = Counter(map(without_numbers, reasons)).most_common(1)
             reason = next(reason for reason in reasons if without_numbers(reason) == kind)
             many = f"all of its {len(ended)} trials" if len(ended) > 1 else "its only trial"
+            states = {candidate.state for candidate in ended}
+            ends = {("failed",): "failed", ("pruned",): "gave up"}.get(tuple(states), "failed or gave up")
             same = "" if count == len(ended) else f" {count} of them"
             return (
-                f"The study has no candidate: {many} failed,{same} with {reason.rstrip('.')}. "
+                f"The study has no candidate: {many} {ends},{same} with: {reason.rstrip('.')}. "
                 "Put that right, and run more trials."
             )
         low, high = self.band

@@ -114,17 +114,25 @@ def failed(number, reason):
 def test_where_all_trials_failed_the_reason_is_told_and_not_the_tolerance():
     faults = [failed(n, f"OSError: no file {n}.") for n in range(3)]
     with pytest.raises(
-        StudyError, match=r"^The study has no candidate: all of its 3 trials failed, with OSE"
+        StudyError, match=r"^The study has no candidate: all of its 3 trials failed, with: OSE"
     ):
         front(*faults).choose()
     with pytest.raises(
-        StudyError, match=r"its only trial failed, with OSError: no file 0\. Put that right, and"
+        StudyError, match=r"its only trial failed, with: OSError: no file 0\. Put that right, and"
     ):
         front(faults[0]).choose()
-    with pytest.raises(StudyError, match=r"all of its 4 trials failed, 3 of them with OSError: no file 0\."):
+    with pytest.raises(StudyError, match=r"all of its 4 trials failed, 3 of them with: OSError: no file 0\."):
         front(failed(9, "ValueError"), *faults).choose()
     with pytest.raises(StudyError, match="widen the tolerance"):
         front(*faults, candidate(4, 0.9, 0.6, feasible=False)).choose()
+
+
+def test_where_all_trials_gave_up_the_reason_is_told_and_not_the_tolerance():
+    faults = [Candidate(number=n, state="pruned", params={}, reason="0.1 is out of reach") for n in range(2)]
+    with pytest.raises(StudyError, match=r"all of its 2 trials gave up, with: 0\.1 is out of reach\. Put"):
+        front(*faults).choose()
+    with pytest.raises(StudyError, match=r"all of its 3 trials failed or gave up, 2 of them with: 0\.1 is"):
+        front(*faults, failed(2, "ValueError")).choose()
 
 
 def test_where_no_trial_has_ended_that_is_said():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from compress_search.exceptions import TrainingError
 from compress_search.recipe import FineTune
@@ -33,7 +34,7 @@ class BatchLoss:
         settings: FineTune,
         device: torch.device,
     ) -> None:
-        self._model, self._settings = model, settings
+        self._model, self._settings, self._device = model, settings, device
         self._task_loss = smoothed(task.loss_on(device), settings)
 
     def __call__(self, inputs: Tensor, targets: Tensor | None, taught: Any) -> Tensor:
@@ -49,6 +50,11 @@ class BatchLoss:
                 distilled, or there are no targets where they are needed.
         """
         outputs = self._model(inputs)
+        # In full precision, as PyTorch advises; some losses (BCELoss) refuse anything else on a GPU.
+        with torch.autocast(self._device.type, enabled=False):
+            return self._of_outputs(*tree_map(_in_full_precision, (outputs, targets, taught)))
+
+    def _of_outputs(self, outputs: Any, targets: Tensor | None, taught: Any) -> Tensor:
         if taught is None:
             return self._own_loss(outputs, targets)
         weight = self._settings.distillation
@@ -79,6 +85,11 @@ class BatchLoss:
                 f"task's loss cannot take ({type(error).__name__}: {error}). Give Task(loss=...) a function "
                 "that takes what the model returns in training and what it returns in evaluation."
             ) from error
+
+
+def _in_full_precision(value: Any) -> Any:
+    is_lower = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_lower else value
 
 
 NO_LABELS = (

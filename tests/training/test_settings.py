@@ -134,6 +134,20 @@ def test_a_model_that_needs_its_images_as_they_are_gets_them_so(tiny_task):
     assert not torch.equal(model.head.weight, before)
 
 
+def test_losses_are_computed_in_full_precision(tiny_task, tiny_net):
+    """Some refuse anything else on a GPU, BCELoss among them."""
+    seen = []
+
+    def loss(outputs, labels):
+        seen.append((outputs.dtype, labels.dtype, torch.is_autocast_enabled("cpu")))
+        return nn.functional.binary_cross_entropy(
+            outputs.sigmoid(), nn.functional.one_hot(labels, 3).to(outputs.dtype)
+        )
+
+    trained(tiny_task(loss=loss), tiny_net(), precision="bfloat16")
+    assert set(seen) == {(torch.float32, torch.int64, False)}
+
+
 def test_mixed_precision_runs_the_model_in_it(tiny_task, tiny_net):
     types = set()
     net = tiny_net()
