@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from compress_search.fingerprint import seeded
 
 logger = logging.getLogger("compress_search")
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,6 @@ def _compare(outputs: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """Write an error in one line; those of exporters run over pages."""
-    lines = str(error).strip().splitlines()
+    """Write an error in one line, without the colours of a terminal; those of exporters run over pages."""
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

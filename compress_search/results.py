@@ -307,8 +307,8 @@ class ParetoFront:
             ((kind, count),) = Counter(map(without_numbers, reasons)).most_common(1)
             reason = next(reason for reason in reasons if without_numbers(reason) == kind)
             many = f"all of its {len(ended)} trials" if len(ended) > 1 else "its only trial"
-            states = {candidate.state for candidate in ended}
-            ends = {("failed",): "failed", ("pruned",): "gave up"}.get(tuple(states), "failed or gave up")
+            ways = {"failed": "failed", "pruned": "gave up"}
+            ends = " or ".join(sorted({ways[candidate.state] for candidate in ended}))
             same = "" if count == len(ended) else f" {count} of them"
             return (
                 f"The study has no candidate: {many} {ends},{same} with: {reason.rstrip('.')}. "
