@@ -26,6 +26,7 @@ from compress_search.methods.method import Analysis, Compressed, Sizes
 from compress_search.progress import Progress
 from compress_search.recipe import Compress
 from compress_search.selection import SELECTORS
+from compress_search.selection.choices import budget_within_reach, size_choices
 from compress_search.selection.request import SelectionRequest
 from compress_search.selection.sensitivity import (
     Found,
@@ -163,7 +164,16 @@ def choose_sizes(
         ConfigError: The table is that of another model.
     """
     selector = SELECTORS[stage.selection]
+    request = SelectionRequest(
+        ratio=stage.mac_ratio,
+        cost=stage.cost,
+        round_to=stage.round_to,
+        least_share=stage.least_share,
+        shares=stage.shares,
+    )
     if selector.needs_table and table is None:
+        # Said before the table is measured, which can take hours.
+        budget_within_reach(analysis, request, size_choices(analysis, request))
         table = sensitivity_table(analysis, stage, source)
     if table is not None and table.fingerprint != fingerprint_of(analysis, stage):
         raise ConfigError(
@@ -173,13 +183,6 @@ def choose_sizes(
                 f"{fingerprint_of(analysis, stage)!r}. Measure it again with measure_sensitivity."
             ]
         )
-    request = SelectionRequest(
-        ratio=stage.mac_ratio,
-        cost=stage.cost,
-        round_to=stage.round_to,
-        least_share=stage.least_share,
-        shares=stage.shares,
-    )
     return selector.select(analysis, request, table)
 
 

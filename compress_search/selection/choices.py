@@ -12,6 +12,8 @@ from compress_search.profile import LayerProfile
 from compress_search.selection.request import SelectionRequest
 
 _MOST_NAMED = 8
+_NOTHING = 0.0005
+"""A share that is written as 0.0 %: it holds nothing up."""
 
 
 def size_choices(analysis: Analysis, request: SelectionRequest) -> dict[str, range]:
@@ -50,11 +52,13 @@ def budget_within_reach(
     least = _least(cost, choices, fixed or {})
     if least <= budget:
         return budget
-    remedy = f"Ask for more{_settings_to_lift(analysis, request, least)}"
+    held_up = _holding_up(analysis, request.cost, total)
+    remedy = f"Ask for more{_settings_to_lift(analysis, request, least)}" + (
+        f", or lift what holds it up: {held_up}" if held_up else ""
+    )
     raise RatioError(
         f"A ratio of {request.ratio:.4f} of the {_NAMES[request.cost]} cannot be reached: the smallest "
-        f"reachable is {in_words(least / total)}. {remedy}, or lift what holds it up: "
-        f"{_holding_up(analysis, request.cost, total)}."
+        f"reachable is {in_words(least / total)}. {remedy}."
     )
 
 
@@ -110,7 +114,10 @@ def _settings_to_lift(analysis: Analysis, request: SelectionRequest, least: int)
 
 
 def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
-    """Name the layers that were left alone, those asked for first, the dearest first, with their shares."""
+    """Name the layers that were left alone, those asked for first, the dearest first, with their shares.
+
+    Empty if none of them has a share to speak of.
+    """
 
     def share(layer: LayerProfile) -> float:
         return (layer.macs if kind == "macs" else layer.params) / total
@@ -123,13 +130,14 @@ def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
         more = f" and {len(layers) - len(named)} more" if len(layers) > len(named) else ""
         return ", ".join(named) + more
 
-    layers = [layer for layer in analysis.profile.layers if layer.name in analysis.left_alone]
+    left_alone = [layer for layer in analysis.profile.layers if layer.name in analysis.left_alone]
+    layers = [layer for layer in left_alone if share(layer) > _NOTHING]
     asked = [layer for layer in layers if analysis.left_alone[layer.name].startswith("you asked")]
     others = [layer for layer in layers if layer not in asked]
     outside = analysis.profile.params - sum(layer.params for layer in analysis.profile.layers)
     elsewhere = (
         f"{outside / total:.1%} of the parameters, which no convolution or linear layer that runs has"
-        if kind == "params" and outside > 0.0005 * total
+        if kind == "params" and outside > _NOTHING * total
         else ""
     )
     kept = ", ".join(
@@ -138,4 +146,4 @@ def _holding_up(analysis: Analysis, kind: str, total: int) -> str:
         if unit.least > 1
     )
     parts = filter(None, (described(asked), kept, described(others), elsewhere))
-    return "; and ".join(parts) or "nothing was left alone"
+    return "; and ".join(parts)

@@ -22,7 +22,7 @@ from compress_search.compression import (
     measure_sensitivity,
     sensitivity_table,
 )
-from compress_search.exceptions import ConfigError, EvaluationError, WorkspaceError
+from compress_search.exceptions import ConfigError, EvaluationError, RatioError, WorkspaceError
 from compress_search.methods import channel_choice, factorisation
 from compress_search.methods.method import Imitation
 from compress_search.profile import profile_model
@@ -403,6 +403,17 @@ def test_a_given_table_is_used(net, batches):
     other = choose_sizes(analysis, stage("spatial_svd"), source, table=sacred)
     full = {unit.name: unit.full_size for unit in analysis.units}
     assert other.get("one", full["one"]) > usual.get("one", full["one"])
+
+
+@pytest.mark.parametrize("selection", ["optimal", "greedy", "greedy_monotonic"])
+def test_a_ratio_out_of_reach_is_known_before_a_table_is_measured(selection, net, batches, tmp_path):
+    tables = TableStore(Workspace(tmp_path).prepare())
+    asked = Compress(method="spatial_svd", mac_ratio=0.01, selection=selection)
+    with pytest.raises(RatioError, match="the smallest reachable is") as caught:
+        choose_sizes(analyse(net, batches[0][:1], asked), asked, TableSource(batches, store=tables))
+    assert not list(tmp_path.rglob("*.jsonl"))
+    # No layer of no cost is blamed.
+    assert "0.0% of the MACs" not in str(caught.value)
 
 
 def test_a_table_as_frame_json_and_csv(tmp_path):
