@@ -7,8 +7,8 @@ whole, before and after the refit. Then it measures each layer again around the 
 at theirs, scales its curve to what that says (by the square root, within limits), chooses again, and
 compresses again.
 
-What came of it on ResNet-20 is in studies/RESULTS.md: the correction does not pay, so the package does not have
-it.
+What came of it on ResNet-20 is in studies/RESULTS.md: the correction does not pay, so the package does
+not have it.
 """
 
 from __future__ import annotations
