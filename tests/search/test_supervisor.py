@@ -247,13 +247,6 @@ def one_round(folder, *, workers, n_trials, kills, seed):
     return outcome(folder / f"round-{seed}", n_trials)
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced_and_the_total_is_exact(tmp_path):
-    anchors, _ = one_round(tmp_path, workers=2, n_trials=5, kills=1, seed=7)
-    assert len(anchors) == 4
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_three_workers_killed_at_random_end_as_one_that_is_left_alone(tmp_path):
