@@ -89,6 +89,9 @@ def test_units_compressed_one_after_the_other_give_what_all_at_once_give(method,
     sizes = choose(analysis)
     batches = _batches(32)
     at_once = analysis.apply(sizes, batches)
+    if choose is _smallest:
+        # That data do not mind how far the others are, the halves show; here it is the shapes that matter.
+        batches = []
     one_by_one = Compressed(model, dataclasses.replace(at_once.step, edits=()))
     done: dict[str, int] = {}
     for unit in analysis.units:

@@ -282,6 +282,7 @@ def test_trials_go_on_while_the_server_is_away_and_report_afterwards(crowd, requ
     assert "The trial goes on" in some.log() or "is tried again" in some.log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 def test_a_worker_that_was_paused_past_the_grace_drops_its_trial_and_lives_on(crowd):
     some = crowd(n_trials=6, stage_seconds=0.4, seconds=0.3, grace_seconds=1.5)
@@ -351,6 +352,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_for_by_the_database_and_the_stages(nursery, small_disk, make_settings):
     url = f"sqlite:///{small_disk / 'study.db'}"
     some = Crowd(nursery, url, small_disk / "files", make_settings, n_trials=4, stage_seconds=0.1)

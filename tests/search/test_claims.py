@@ -61,7 +61,9 @@ worker.run_trials(study, objective, n_trials=n_trials, progress=progress, stop=S
 
 
 @pytest.mark.parametrize(
-    "database", ["sqlite", "postgresql", pytest.param("mariadb", marks=pytest.mark.slow)], indirect=True
+    "database",
+    ["sqlite", *(pytest.param(name, marks=pytest.mark.slow) for name in ("postgresql", "mariadb"))],
+    indirect=True,
 )
 def test_processes_that_claim_at_the_same_time_do_not_overshoot_the_total(new_study, database_url, tmp_path):
     study = new_study()

@@ -164,6 +164,7 @@ def test_anchors_and_finalists_are_trained_to_their_end(study_in_memory, objecti
     assert run(study.ask())[0] < 0.9
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_the_same_trials_are_given_up(new_study, objective, runner, settings):
     def outcome(study):
         trials = current_trials(study.trials)

@@ -405,6 +405,7 @@ def test_training_after_each_layer_leaves_the_stages_of_a_trial_as_they_are(crea
     assert study.report(complete[0]).page.is_file()
 
 
+@pytest.mark.slow
 def test_a_study_with_variables_goes_from_a_task_to_its_report(create, tmp_path):
     variables = {
         "fine_tune.lr": Range(1e-3, 1e-1, log=True),
@@ -432,6 +433,7 @@ def test_a_study_with_variables_goes_from_a_task_to_its_report(create, tmp_path)
     assert exported["search_params"] == best.params
 
 
+@pytest.mark.slow
 def test_the_front_of_a_range_goes_from_a_task_to_its_report(create, tmp_path):
     study = optimize(create(target=[0.4, 0.7], selection="uniform"), 11)
     assert study.settings.target == (0.4, 0.7)
