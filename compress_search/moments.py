@@ -153,6 +153,8 @@ def examples_at_a_time(layer: nn.Module, inputs: Tensor) -> int:
 
 def in_full_precision(values: Tensor) -> Tensor:
     """Return half-precision values in float32, in which sums of products do not overflow; others as is."""
+    if not values.is_floating_point():
+        return values
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

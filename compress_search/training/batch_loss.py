@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from compress_search.exceptions import TrainingError
+from compress_search.moments import in_full_precision
 from compress_search.recipe import FineTune
 from compress_search.task import Loss, Task
 from compress_search.training.distillation import are_logits, distillation_loss
@@ -52,7 +53,7 @@ class BatchLoss:
         outputs = self._model(inputs)
         # In full precision, as PyTorch advises; some losses (BCELoss) refuse anything else on a GPU.
         with torch.autocast(self._device.type, enabled=False):
-            return self._of_outputs(*tree_map(_in_full_precision, (outputs, targets, taught)))
+            return self._of_outputs(*tree_map_only(Tensor, in_full_precision, (outputs, targets, taught)))
 
     def _of_outputs(self, outputs: Any, targets: Tensor | None, taught: Any) -> Tensor:
         if taught is None:
@@ -85,11 +86,6 @@ class BatchLoss:
                 f"task's loss cannot take ({type(error).__name__}: {error}). Give Task(loss=...) a function "
                 "that takes what the model returns in training and what it returns in evaluation."
             ) from error
-
-
-def _in_full_precision(value: Any) -> Any:
-    is_lower = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if is_lower else value
 
 
 NO_LABELS = (
