@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compress_search.activations import activation_bytes, pieces_within_memory
 from compress_search.calibration import warn_of_few_rows
 from compress_search.following import NOTHING_KNOWN, Following, Place, find_following, noting
+from compress_search.free_memory import give_back_free_memory
 from compress_search.joint_refit import LONGEST, Example, Link, given_to_next, refit_together
 from compress_search.least_squares import PrimalRegression, Regression, regression_of
 from compress_search.memory_layout import has_safe_gradient
@@ -187,6 +188,7 @@ def refit_on(road: Road, model: nn.Module, refits: Sequence[Refit]) -> None:
     """Refit layers with the inputs that a road gives; see :func:`refit_in_forward_order`."""
     few: list[str] = []
     for chain in chains_of(model, refits):
+        give_back_free_memory()
         few += _refit_alone(road, model, chain[0]) if len(chain) == 1 else _refit_chain(road, model, chain)
     warn_of_few_rows(few)
 
@@ -215,7 +217,11 @@ def _refit_chain(road: Road, model: nn.Module, chain: Sequence[Refit]) -> list[s
         for place, refit in enumerate(chain)
     }
     few = [name for name, found in regressions.items() if found is not None and found.is_underdetermined]
-    if not few and None not in regressions.values():
+    is_solved = not few and None not in regressions.values()
+    # Their Gram matrices are not needed any more, and the gradients take memory of their own.
+    regressions.clear()
+    if is_solved:
+        give_back_free_memory()
         refit_together(model, [refit.link for refit in chain], kept.examples)
     return few
 

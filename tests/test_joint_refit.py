@@ -342,3 +342,21 @@ def test_without_pruned_outputs_least_squares_alone_is_at_work(monkeypatch):
     refit_in_forward_order(model, original, [Refit(name, name) for name in "abc"], data)
     for one, other in zip(model.parameters(), original.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(2**25, 16), (3 * 48, 3), (1, 1)])
+def test_gradients_are_computed_of_no_more_than_memory_allows(monkeypatch, budget, expected):
+    # An example is 6 numbers that go in and 6 that are wanted, 48 bytes.
+    monkeypatch.setattr("compress_search.joint_refit._PIECE_BYTES", budget)
+    model, links, examples = _pair()
+    sizes = []
+
+    def note(layer, inputs):
+        if torch.is_grad_enabled():
+            sizes.append(len(inputs[0]))
+
+    model[0].register_forward_pre_hook(note)
+    before = _error(model, examples)
+    refit_together(model, links, examples)
+    assert max(sizes) == expected
+    assert _error(model, examples) < before

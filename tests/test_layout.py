@@ -34,6 +34,7 @@ ORDER = (
     "target",
     "results",
     "progress",
+    "free_memory",
     "linear_algebra",
     "divergence",
     "memory_layout",

@@ -232,7 +232,8 @@ class _State:
         rows = self._columns[kept, : self._pending]
         self._inverse = self._inverse[kept[:, None], grouped.nonzero()[:, 0]]
         self._inverse.addmm_(rows, rows[: self._inverse.shape[1]].T, alpha=-1)
-        self._weights = torch.addmm(self._weights[kept], rows, self._answers[: self._pending], alpha=-1)
+        self._weights = self._weights[kept]
+        self._weights.addmm_(rows, self._answers[: self._pending], alpha=-1)
         self._features = self._features[kept]
         self._diagonal, self._energies = self._diagonal[self._live], self._energies[self._live]
         present = self._slots >= 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search.calibration import InputMoments, gram_matrices, moment_elements
+from compress_search.free_memory import give_back_free_memory
 from compress_search.methods.brain_surgeon import Consumer, remove_blocks
 from compress_search.methods.brain_surgeon_on_rows import ConsumerOnRows
 from compress_search.methods.coupling import CoupledGroup, Member
@@ -69,16 +70,13 @@ def choose_blocks(
             unordered.append(group)
     for together in groups_within_memory(model, unordered):
         moments = input_moments(model, together, batches)
-        for group in together:
+        for place, group in enumerate(together):
+            consumers = consumers_of_group(model, group, moments, sensitivities)
+            forget_moments(moments, together[place + 1 :])
+            give_back_free_memory()
             kept[group.name] = _choose(
-                model,
-                group,
-                consumers_of_group(model, group, moments, sensitivities),
-                size=sizes[group.name],
-                protected=protected[group.name],
+                model, group, consumers, size=sizes[group.name], protected=protected[group.name]
             )
-        # Before the next ones are accumulated.
-        moments.clear()
     return kept
 
 
@@ -120,6 +118,13 @@ def input_moments(
         if has_patches(model, name):
             views[name] = model.get_submodule(name)
     return gram_matrices(model, views, batches) if batches and views else {}
+
+
+def forget_moments(moments: dict[str, InputMoments], to_come: Sequence[CoupledGroup]) -> None:
+    """Drop what the groups to come need not: each layer's can be hundreds of megabytes."""
+    needed = {member.layer for group in to_come for member in group.consumers}
+    for name in moments.keys() - needed:
+        del moments[name]
 
 
 def consumers_of_group(

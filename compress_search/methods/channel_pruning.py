@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from compress_search.calibration import check_weights
 from compress_search.exceptions import ModelError
-from compress_search.methods.channel_choice import choose_blocks, groups_within_memory, input_moments
+from compress_search.methods.channel_choice import (
+    choose_blocks,
+    forget_moments,
+    groups_within_memory,
+    input_moments,
+)
 from compress_search.methods.channel_imitation import imitate_group
 from compress_search.methods.cost import Cost, CostTerm, LinearForm, ties_of
 from compress_search.methods.coupling import CoupledGroup, Coupling, find_coupling, keep_blocks
@@ -132,7 +137,7 @@ class ChannelPruningAnalysis:
         orders, sensitivities = self.known_orders.of(batches), self._sensitivities(batches)
         for together in groups_within_memory(self.model, [groups[name] for name in sizes]):
             moments = input_moments(self.model, together, batches)
-            for group in together:
+            for place, group in enumerate(together):
                 protected = self.protected[group.name]
                 imitation, orders[group.name] = imitate_group(
                     self.model,
@@ -142,9 +147,8 @@ class ChannelPruningAnalysis:
                     sensitivities=sensitivities,
                     protected=protected,
                 )
+                forget_moments(moments, together[place + 1 :])
                 yield imitation
-            # Before the next ones are accumulated.
-            moments.clear()
 
     def apply(self, sizes: Sizes, batches: Sequence[Tensor]) -> Compressed:
         """Prune the groups named in ``sizes`` to that many blocks, and refit their consumers."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_search.methods import METHODS
+from compress_search.methods.brain_surgeon import remove_blocks
 from compress_search.methods.channel_choice import (
     choose_blocks,
     consumers_of_group,
@@ -37,6 +38,31 @@ def test_groups_whose_gram_matrices_do_not_fit_together_are_chosen_one_by_one(mo
     assert choose_blocks(model, groups, sizes, batches, protected=protected) == together
     # For each group one to measure and three batches; one group feeds a transposed convolution alone.
     assert len(runs) == (len(groups) - 1) * 4 > 4
+
+
+@pytest.mark.parametrize("net", ["Grouped", "Concatenation"])
+def test_moments_are_held_no_longer_than_they_are_needed(net, monkeypatch):
+    model = zoo.build(net)
+    groups = METHODS["channel_pruning"].analyse(model, torch.zeros(zoo.EXAMPLE_SHAPE)).coupling.groups
+    batches = [torch.randn(8, *zoo.EXAMPLE_SHAPE[1:])]
+    held, needed = [], []
+
+    def measured(*arguments):
+        held.append(input_moments(*arguments))
+        return held[-1]
+
+    def removed(consumers, **arguments):
+        # Those of the groups that come after this one.
+        needed.append(groups[len(needed) + 1 :])
+        assert held[0].keys() <= {member.layer for group in needed[-1] for member in group.consumers}
+        return remove_blocks(consumers, **arguments)
+
+    monkeypatch.setattr("compress_search.methods.channel_choice.input_moments", measured)
+    monkeypatch.setattr("compress_search.methods.channel_choice.remove_blocks", removed)
+    sizes = {group.name: max(1, group.size // 2) for group in groups}
+    choose_blocks(model, groups, sizes, batches, protected={group.name: () for group in groups})
+    assert len(needed) > 1
+    assert held == [{}]
 
 
 def test_without_data_the_channels_of_the_largest_weights_stay(monkeypatch):

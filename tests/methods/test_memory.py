@@ -80,4 +80,4 @@ def test_vgg16_at_224_pixels_stays_under_four_gigabytes():
     # passes may wait in.
     data = (512 - 8) * (3 * 224**2 * 4 + 25088 * (4 + 4 + 8)) + 2**27
     peaks = _peaks("vgg16_bn", [(method, 8) for method in METHODS], size=224)
-    assert [peak + data < 4e9 for peak in peaks] == [True, True]
+    assert [peak for peak in peaks if peak + data >= 4e9] == []
