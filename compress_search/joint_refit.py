@@ -36,8 +36,8 @@ _EXAMPLES_A_STEP = 16
 """How many examples a step looks at, more or less."""
 
 _PIECE_BYTES = 2**25
-"""A step computes the gradients of so many bytes of examples at a time, as kept, or of one example; what the
-chain's layers give on the way is a few times as much."""
+"""The layers are given so many bytes of examples at a time, as these are kept, or one example; what they give
+on the way is a few times as much."""
 
 _RATE = 0.06
 """The size of the largest steps, relative to the root mean square of a tensor of weights. There, the
@@ -108,8 +108,11 @@ def refit_together(model: nn.Module, links: Sequence[Link], examples: Sequence[E
         links: The layers, each of which leads to the next.
         examples: What it is fitted to, each with one or more examples.
     """
-    fitted = [piece for example in examples if not example.held_out for piece in _pieces(example)]
+    fitted = [
+        piece for example in examples if not example.held_out for piece in _pieces(example, _EXAMPLES_A_STEP)
+    ]
     judged = [example for example in examples if example.held_out] or examples
+    judged = [piece for example in judged for piece in _pieces(example, len(example.inputs))]
     parameters = _parameters(model, links)
     if not fitted or not parameters:
         return
@@ -166,11 +169,11 @@ def _steps(pieces: Sequence[Example]) -> Iterator[list[Example]]:
             yield step
 
 
-def _pieces(example: Example) -> Iterator[Example]:
-    """No more examples at a time than one step looks at, nor than gradients have memory for."""
+def _pieces(example: Example, most: int) -> Iterator[Example]:
+    """At most so many examples at a time, and no more than there is memory for."""
     tensors = [tensor for tensor in (example.inputs, example.wanted, example.beside) if tensor is not None]
     bytes_of_one = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
-    size = max(1, min(_EXAMPLES_A_STEP, _PIECE_BYTES // bytes_of_one))
+    size = max(1, min(most, _PIECE_BYTES // bytes_of_one))
     for start in range(0, len(example.inputs), size):
         part = slice(start, start + size)
         beside = None if example.beside is None else example.beside[part]

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from compress_search.calibration import check_weights
+from compress_search.calibration import check_weights, is_wide
 from compress_search.exceptions import ModelError
 from compress_search.methods.channel_choice import (
     choose_blocks,
@@ -197,7 +197,12 @@ class ChannelPruningAnalysis:
         known = self.known_sensitivities.of(batches)
         if not known:
             names = {member.layer for group in self.coupling.groups for member in group.consumers}
-            layers = [name for name in sorted(names) if has_patches(self.model, name)]
+            # Those of a wide layer, whose rows are sampled, have no say, and can be hundreds of megabytes.
+            layers = [
+                name
+                for name in sorted(names)
+                if has_patches(self.model, name) and not is_wide(self.model.get_submodule(name))
+            ]
             known |= output_sensitivities(self.model, layers, batches)
         return known
 
