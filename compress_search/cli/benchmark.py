@@ -100,7 +100,9 @@ def _names_a_file(given: str) -> bool:
 
 def _of_files(args: argparse.Namespace) -> LatencyTable:
     from compress_search.latency import COMPRESSED, ORIGINAL, load_program, measure_latency
+    from compress_search.search.study import choose_device
 
+    device = choose_device(args.device or "cpu")
     model, example = load_program(Path(args.study))
     models = {COMPRESSED: model}
     if args.against is not None:
@@ -110,7 +112,7 @@ def _of_files(args: argparse.Namespace) -> LatencyTable:
         example,
         batches=args.batch,
         runtimes=args.runtime,
-        device=args.device or "cpu",
+        device=str(device),
         threads=args.threads,
         seconds=args.seconds,
     )

@@ -32,6 +32,8 @@ from compress_search.workspace import Workspace, prove_writable
 
 logger = logging.getLogger("compress_search")
 
+_HOW_TO_NAME_ANOTHER = "storage=URL for compress-search run and in Python, --storage URL for other commands"
+
 _SQLITE_WAIT_SECONDS = 30
 _OPENING_PAUSE = 1.0
 _WAITS: dict[str, dict[str, int]] = {
@@ -130,7 +132,7 @@ def check_storage(url: str | None, workspace: Workspace) -> None:
     except OSError as error:
         raise StudyError(
             f"The database {shown_url(parsed)} cannot be used: {error}. Create its folder, or name another: "
-            "--storage URL on the command line, storage=... in Python."
+            f"{_HOW_TO_NAME_ANOTHER}."
         ) from error
 
 
@@ -216,7 +218,7 @@ def _connect(
         raise StudyError(
             f"The database {shown} cannot be used: {without_secrets(str(cause).strip(), url)}. Check that it "
             f"can be reached and written, and that its password is in the URL or in ${PASSWORD_VARIABLE}; or "
-            "name another: --storage URL on the command line, storage=... in Python."
+            f"name another: {_HOW_TO_NAME_ANOTHER}."
         ) from error
 
 

@@ -36,7 +36,8 @@ class TrainingJob:
     Attributes:
         original: The uncompressed model on the same device, in evaluation mode, as a teacher. It must not be
             changed.
-        task: Its ``train`` and ``validation`` loaders, its ``loss``, and ``task.score(model)``.
+        task: Its ``train`` and ``validation`` loaders, ``task.loss_on(job.device)`` and
+            ``task.score(model)``.
         settings: The stage's settings; ``settings.epochs`` and ``settings.lr`` are what the search chose, and
             ``settings.options`` holds whatever else the user wrote.
         seed: Every random source is seeded with it when the function is called; for those that the function

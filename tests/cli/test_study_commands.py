@@ -284,6 +284,7 @@ def test_benchmark_of_a_program_needs_no_study(copy: Path, capsys: Output) -> No
         (["tiny", "--against", "model.pt2"], "--against is for a program"),
         (["tiny.yaml"], "is no torch.export program"),
         (["nothing.pt2"], "There is no file 'nothing.pt2'"),
+        (["runs/tiny/export/trial-1", "--device", "cuda:99"], "device is 'cuda:99', but PyTorch sees"),
         (["tiny.yaml", "--trial", "0"], "is a program, not a study"),
     ],
 )
