@@ -77,6 +77,8 @@ def choose_blocks(
             kept[group.name] = _choose(
                 model, group, consumers, size=sizes[group.name], protected=protected[group.name]
             )
+            # Before others are made, or the next moments accumulated.
+            del consumers
     return kept
 
 
