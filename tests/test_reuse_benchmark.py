@@ -132,3 +132,12 @@ def test_a_trial_alone_comes_to_what_it_came_to_in_its_study(study):
     assert times["spatial_svd"].reused == times["spatial_svd"].stages / 2 > 0
     assert not any(one.reused for pipeline in comparison.pipelines for one in pipeline.alone)
     assert min(comparison.shared.seconds, comparison.alone.seconds) > 0
+
+
+def test_the_first_fine_tuning_may_be_longer_than_the_last(study):
+    settings = SearchSettings(target=0.5, fine_tune=FineTune(epochs=5, lr=0.04))
+    longer = study.with_first_epochs(settings, 15)
+    assert longer.fine_tune == FineTune(epochs=15, lr=0.04)
+    assert longer.final_fine_tune == FineTune(epochs=5, lr=0.04)
+    variants = [part.settings.final_fine_tune for part in study.plans(longer, 12)["variants"]]
+    assert variants == [FineTune(epochs=5, lr=lr) for lr in (0.02, 0.04, 0.08)]

@@ -19,6 +19,11 @@ How much is shared depends on what the trials ask for, so there are five plans:
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
+With as many epochs in both fine-tunings, no plan can come below about a half, since what follows the pruning
+takes about as long as what is shared. A search need not train so: ``--first-epochs 15`` gives the fine-tuning
+after spatial SVD the 15 epochs of AIMET's guidebook, while the last one stays short, as it may where the
+finalists are trained for longer (:meth:`compress_search.search.compression_study.CompressionStudy.finalize`).
+
 The tables go to ``runs/benchmarks``, as Markdown and as CSV; ``--plan`` runs one plan alone. Nothing else is
 kept: a time that was measured in parts is none.
 """
@@ -93,9 +98,9 @@ class Part:
 
 def plans(settings: SearchSettings, n_trials: int) -> dict[str, tuple[Part, ...]]:
     """The plans by name."""
+    last = last_fine_tune(settings)
     variants = tuple(
-        replace(settings, final_fine_tune=replace(settings.fine_tune, lr=factor * settings.fine_tune.lr))
-        for factor in LR_FACTORS
+        replace(settings, final_fine_tune=replace(last, lr=factor * last.lr)) for factor in LR_FACTORS
     )
     return {
         "default": (Part(settings, n_trials),),
@@ -202,6 +207,17 @@ def digits() -> tuple[Task, SearchSettings]:
     return config.load_task(), config.search
 
 
+def with_first_epochs(settings: SearchSettings, epochs: int) -> SearchSettings:
+    """Let the fine-tuning after spatial SVD have so many epochs, and the last one as many as before."""
+    first = replace(settings.fine_tune, epochs=epochs)
+    return replace(settings, fine_tune=first, final_fine_tune=last_fine_tune(settings))
+
+
+def last_fine_tune(settings: SearchSettings) -> FineTune:
+    """How a trial ends."""
+    return settings.final_fine_tune or settings.fine_tune
+
+
 def cifar10(images: int, epochs: int) -> tuple[Task, SearchSettings]:
     """ResNet-20 on some of CIFAR-10's training images, for few epochs."""
     train, _ = load_cifar10()
@@ -226,17 +242,25 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12, help="default 12")
     parser.add_argument("--images", type=int, default=5_120, help="of cifar10, to train on (default 5120)")
     parser.add_argument("--epochs", type=int, default=2, help="of cifar10's fine-tunings (default 2)")
+    parser.add_argument("--first-epochs", type=int, help="of the first fine-tuning (default: as the last)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default {FOLDER}")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     task, settings = digits() if given.network == "digits" else cifar10(given.images, given.epochs)
     stem = f"reuse-{given.network}" + (f"-{given.plan}" if given.plan else "")
+    if given.first_epochs is not None:
+        settings = with_first_epochs(settings, given.first_epochs)
+        stem += f"-first-{given.first_epochs}"
+    head = (
+        f"{given.network}, {given.trials} trials, {settings.fine_tune.epochs} epochs after spatial SVD and "
+        f"{last_fine_tune(settings).epochs} at the end, one thread."
+    )
     found = {}
     for name, plan in plans(settings, given.trials).items():
         if given.plan in (None, name):
             found[name] = compare(task, plan, Progress())
-            text = as_markdown(found, f"{given.network}, {given.trials} trials, one thread.")
+            text = as_markdown(found, head)
             given.folder.mkdir(parents=True, exist_ok=True)
             (given.folder / f"{stem}.md").write_text(text)
             (given.folder / f"{stem}.csv").write_text(as_csv(found))
