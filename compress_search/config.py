@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from compress_search.exceptions import ConfigError, StudyError, TaskError
+from compress_search.device import choose_device
+from compress_search.exceptions import ConfigError, DeviceError, StudyError, TaskError
 from compress_search.search.database_url import parse_url, saved_url
 from compress_search.search.settings import TUNINGS, SearchSettings, searchable
 from compress_search.search.stop_when import StopWhen
-from compress_search.search.study import check_name, choose_device
+from compress_search.search.study import check_name
 from compress_search.search.variables import Choice, Range
 from compress_search.task import Task
 from compress_search.task_path import load_task, resolve_task_path
@@ -204,7 +205,7 @@ def _merge(values: dict[str, Any], stronger: Mapping[str, Any]) -> None:
 def _faults_of(check: Callable[[T], object], value: T) -> list[str]:
     try:
         check(value)
-    except StudyError as error:
+    except (StudyError, DeviceError) as error:
         return [str(error)]
     return []
 

@@ -40,6 +40,10 @@ class ConfigError(CompressSearchError):
         super().__init__(f"{source} has {count}:\n{lines}")
 
 
+class DeviceError(CompressSearchError):
+    """There is no such device, or none on this machine."""
+
+
 class WorkspaceError(CompressSearchError):
     """The workspace folder cannot be created, written or read."""
 

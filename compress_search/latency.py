@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress_search.device import choose_device
 from compress_search.exceptions import ConfigError, ModelError
 from compress_search.programs import brief, read_program, write_onnx, write_program
 
@@ -222,17 +223,18 @@ def measure_latency(
 
     Raises:
         ConfigError: A number or a runtime is not one of these.
+        DeviceError: This machine has no such device.
     """
     _check(batches, runtimes, threads, seconds)
-    device = torch.device(device)
-    models = {name: model.to(device) for name, model in models.items()}
+    where = choose_device(str(device))
+    models = {name: model.to(where) for name, model in models.items()}
     with _threads(threads) as used:
         rows = tuple(
-            _measure(models, example, runtime, batch, device=device, threads=used, seconds=seconds)
+            _measure(models, example, runtime, batch, device=where, threads=used, seconds=seconds)
             for runtime in runtimes
             for batch in batches
         )
-    return LatencyTable(_name_of(device), used, torch.__version__, mac_ratio, rows)
+    return LatencyTable(_name_of(where), used, torch.__version__, mac_ratio, rows)
 
 
 def load_program(path: Path) -> tuple[nn.Module, Tensor]:

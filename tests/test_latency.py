@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compress_search import latency
-from compress_search.exceptions import ConfigError, ModelError
+from compress_search.exceptions import ConfigError, DeviceError, ModelError
 from compress_search.latency import (
     COMPILED,
     COMPRESSED,
@@ -153,6 +153,12 @@ def test_all_that_is_wrong_is_told_at_once(tiny_net):
     assert runtime == "There is no runtime 'tvm'; there are eager, torch.compile, onnxruntime."
     assert threads.startswith("threads is 0")
     assert seconds.startswith("seconds is -1")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", torch.device("cuda:99")])
+def test_a_gpu_that_is_not_there_is_refused(tiny_net, device):
+    with pytest.raises(DeviceError, match="device is 'cuda:99', but PyTorch sees"):
+        measure_latency({ORIGINAL: tiny_net().eval()}, torch.zeros(1, 1, 6, 6), device=device)
 
 
 def test_a_program_is_read_from_its_file_or_its_folder(tiny_net, tmp_path):

@@ -12,6 +12,7 @@ import compress_search
 
 ORDER = (
     "exceptions",
+    "device",
     "html_table",
     "plain_text",
     "workspace",

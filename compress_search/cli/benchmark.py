@@ -99,8 +99,8 @@ def _names_a_file(given: str) -> bool:
 
 
 def _of_files(args: argparse.Namespace) -> LatencyTable:
+    from compress_search.device import choose_device
     from compress_search.latency import COMPRESSED, ORIGINAL, load_program, measure_latency
-    from compress_search.search.study import choose_device
 
     device = choose_device(args.device or "cpu")
     model, example = load_program(Path(args.study))

@@ -34,9 +34,10 @@ def main(args: argparse.Namespace) -> int:
     """Check, and print the model's profile."""
     from compress_search.cli.log import logging_to_terminal
     from compress_search.config import StudyConfig
+    from compress_search.device import choose_device
     from compress_search.methods import METHODS
     from compress_search.search.storage import check_storage
-    from compress_search.search.study import check_settings, choose_device
+    from compress_search.search.study import check_settings
     from compress_search.workspace import Workspace
 
     config = StudyConfig.load(args.config, args.overrides, preset=args.preset)

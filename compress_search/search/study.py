@@ -15,6 +15,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
 from torch import nn
 
+from compress_search.device import choose_device
 from compress_search.exceptions import ConfigError, StudyError
 from compress_search.methods.ignored_layers import layers_matching
 from compress_search.methods.kept_channels import channels_to_keep
@@ -132,7 +133,8 @@ def create_study(
             not have.
         WorkspaceError: The workspace cannot be written.
         StudyMismatchError: A study of that name was made with other settings, or by another program.
-        StudyError: The name, the device or the database cannot be used.
+        StudyError: The name or the database cannot be used.
+        DeviceError: This machine has no such device.
     """
     check_name(name)
     tunings = {
@@ -237,6 +239,7 @@ def load_study(
     Raises:
         StudyError: There is no such study or database; the studies that exist are named.
         StudyMismatchError: The study was made with another task, or by another program.
+        DeviceError: This machine has no such device.
         TaskError: The task cannot be used.
     """
     place, where = Workspace(Path(workspace)), choose_device(device)
@@ -332,24 +335,6 @@ def check_name(name: str) -> None:
             f"The study's name {name[:20]!r}... has {len(name)} characters; it names a folder of the "
             f"workspace: use at most {_LONGEST_NAME}."
         )
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device of a name; ``None`` is the first GPU if there is one.
-
-    Raises:
-        StudyError: It is no device, or one that this machine does not have.
-    """
-    count = torch.cuda.device_count()
-    if name is None:
-        return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise StudyError(f"device is {name!r}; write, for example, cpu, cuda or cuda:1.") from error
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise StudyError(f"device is {name!r}, but PyTorch sees {count} CUDA devices here. Leave it out.")
-    return device
 
 
 def _find(storage: RDBStorage, name: str) -> optuna.Study | None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from compress_search.exceptions import (
     ConfigError,
+    DeviceError,
     EvaluationError,
     StudyError,
     StudyMismatchError,
@@ -542,7 +543,7 @@ def test_bad_input_is_refused_before_anything_is_written(create, tiny_task, tmp_
         create(target=1.5)
     with pytest.raises(TaskError, match="train is empty"):
         create(task=tiny_task(train=[]))
-    with pytest.raises(StudyError, match="device is 'gpu'"):
+    with pytest.raises(DeviceError, match="device is 'gpu'"):
         create(device="gpu")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(EvaluationError):
