@@ -200,11 +200,16 @@ def searchable() -> Mapping[str, frozenset[type]]:
     return {**found, METHOD_CHOICE: frozenset({str})}
 
 
+def methods_of(choice: str) -> tuple[str, ...]:
+    """Read a choice of ``methods``, such as ``"weight_svd+channel_pruning"``."""
+    return tuple(choice.split(_AND_THEN))
+
+
 def _as_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn values of variables into those of the settings of these names."""
     settings = dict(values)
     if METHOD_CHOICE in settings:
-        settings[METHOD_CHOICE] = tuple(settings[METHOD_CHOICE].split(_AND_THEN))
+        settings[METHOD_CHOICE] = methods_of(settings[METHOD_CHOICE])
     return settings
 
 

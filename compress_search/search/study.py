@@ -32,6 +32,7 @@ from compress_search.search.identity import (
     is_blank,
     load_identity,
 )
+from compress_search.search.manual_shares import check_manual_shares
 from compress_search.search.objective import METRICS
 from compress_search.search.settings import SearchSettings
 from compress_search.search.stage_uses import remember_database
@@ -307,9 +308,11 @@ def check_settings(
         What the model costs.
 
     Raises:
+        ConfigError: See :func:`compress_search.search.manual_shares.check_manual_shares`.
         TaskError: The task cannot be trained as the settings say.
         ModelError: ``ignore``, ``shares`` or ``keep_channels`` names what the model does not have.
     """
+    check_manual_shares(settings)
     trainings = (settings.fine_tune, settings.final_fine_tune, settings.per_layer_fine_tune)
     check_training(task, trainings, device)
     channels_to_keep(settings.keep_channels, model)
