@@ -312,11 +312,11 @@ def check_settings(
         TaskError: The task cannot be trained as the settings say.
         ModelError: ``ignore``, ``shares`` or ``keep_channels`` names what the model does not have.
     """
-    check_manual_shares(settings)
     trainings = (settings.fine_tune, settings.final_fine_tune, settings.per_layer_fine_tune)
     check_training(task, trainings, device)
     channels_to_keep(settings.keep_channels, model)
     check_share_names(settings.shares, model)
+    check_manual_shares(settings)
     profile = profile_model(model, task.example_input.to(device), warn=True)
     layers_matching(settings.ignore, profile)
     return profile
