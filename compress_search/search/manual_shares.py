@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from compress_search.exceptions import ConfigError
 from compress_search.search.settings import METHOD_CHOICE, SearchSettings, methods_of
-from compress_search.search.variables import Choice
+from compress_search.search.variables import ends
 
 _MANUAL = "manual"
 _FACTORISING = ("spatial_svd", "weight_svd")
@@ -23,12 +24,13 @@ def check_manual_shares(settings: SearchSettings) -> None:
             methods factorises, and would mean nothing to the second. All faults at once.
     """
     faults = []
-    if settings.shares and not _can_be_manual(settings):
+    selections = _values_of(settings, "selection")
+    if settings.shares and _MANUAL not in selections:
         faults.append(
-            f"shares is given, but selection is {settings.selection!r}, which does not use it. Choose "
-            f"selection={_MANUAL!r}, or leave shares out."
+            f"shares is given, but selection is {' or '.join(map(repr, selections))}, which does not use it. "
+            f"Choose selection={_MANUAL!r}, or leave shares out."
         )
-    for first, *others in _method_lists(settings):
+    for first, *others in map(methods_of, map(str, _values_of(settings, METHOD_CHOICE))):
         if first not in _FACTORISING or not others:
             continue
         faults += [
@@ -41,14 +43,6 @@ def check_manual_shares(settings: SearchSettings) -> None:
         raise ConfigError(list(dict.fromkeys(faults)), source="search settings")
 
 
-def _can_be_manual(settings: SearchSettings) -> bool:
-    searched = settings.variables.get("selection")
-    choices = searched.choices if isinstance(searched, Choice) else (settings.selection,)
-    return _MANUAL in choices
-
-
-def _method_lists(settings: SearchSettings) -> Sequence[tuple[str, ...]]:
-    searched = settings.variables.get(METHOD_CHOICE)
-    if isinstance(searched, Choice):
-        return [methods_of(str(choice)) for choice in searched.choices]
-    return [settings.methods]
+def _values_of(settings: SearchSettings, name: str) -> Sequence[Any]:
+    """What a setting can be in a trial."""
+    return ends(settings.variables[name]) if name in settings.variables else (settings.plain_value(name),)

@@ -46,7 +46,7 @@ def test_shares_that_can_be_used(sound):
                 methods=PRUNING,
                 variables={"selection": Choice(("optimal", "uniform"))},
             ),
-            ["selection is 'manual'"],
+            ["selection is 'optimal' or 'uniform', which"],
         ),
         (
             settings({"stem": 0.5, "body.*.conv": 0.4}),
