@@ -99,10 +99,8 @@ def _names_a_file(given: str) -> bool:
 
 
 def _of_files(args: argparse.Namespace) -> LatencyTable:
-    from compress_search.device import choose_device
     from compress_search.latency import COMPRESSED, ORIGINAL, load_program, measure_latency
 
-    device = choose_device(args.device or "cpu")
     model, example = load_program(Path(args.study))
     models = {COMPRESSED: model}
     if args.against is not None:
@@ -112,7 +110,7 @@ def _of_files(args: argparse.Namespace) -> LatencyTable:
         example,
         batches=args.batch,
         runtimes=args.runtime,
-        device=str(device),
+        device=args.device or "cpu",
         threads=args.threads,
         seconds=args.seconds,
     )
