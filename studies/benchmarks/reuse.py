@@ -19,10 +19,11 @@ How much is shared depends on what the trials ask for, so there are five plans:
 * ``variants``: three studies of a third as many trials that differ in the learning rate of the last
   fine-tuning alone, so that a whole trial up to there is shared.
 
-With as many epochs in both fine-tunings, no plan can come below about a half, since what follows the pruning
-takes about as long as what is shared. A search need not train so: ``--first-epochs 15`` gives the fine-tuning
-after spatial SVD the 15 epochs of AIMET's guidebook, while the last one stays short, as it may where the
-finalists are trained for longer (:meth:`compress_search.search.compression_study.CompressionStudy.finalize`).
+With as many epochs in both fine-tunings, no plan can come below about a half, since pruning and the last
+fine-tuning take about as long as what is shared. A search need not train so: ``--first-epochs 15`` gives the
+fine-tuning after spatial SVD the 15 epochs of AIMET's guidebook, while the last one stays short, as it may
+where the finalists are trained for longer
+(:meth:`compress_search.search.compression_study.CompressionStudy.finalize`).
 
 The tables go to ``runs/benchmarks``, as Markdown and as CSV; ``--plan`` runs one plan alone. Nothing else is
 kept: a time that was measured in parts is none.
